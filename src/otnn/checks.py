@@ -1,0 +1,63 @@
+"""Checks of tensors where they enter: each raises `InputError` with what was expected, what came, and the mend."""
+
+import torch
+from torch import Tensor
+
+from otnn.errors import InputError
+
+
+def check_images(images: Tensor, *, box: bool = False, what: str = "inputs") -> None:
+    """Refuse a batch that is empty, not floating point or not finite.
+
+    Args:
+        images: (batch, ...) floating-point tensor.
+        box: also require values in [0, 1] pixels.
+        what: the name that the message uses.
+
+    Raises:
+        InputError: where a value cannot be used.
+    """
+    if images.ndim < 2:
+        raise InputError(
+            f"{what}: expected a batch (batch, ...), got shape {tuple(images.shape)}; add a batch dimension"
+        )
+    if images.shape[0] == 0:
+        raise InputError(f"{what}: expected at least one sample, got an empty batch")
+    if not images.is_floating_point():
+        raise InputError(
+            f"{what}: expected floating-point values in [0, 1], got {images.dtype}; "
+            "divide 8-bit images by 255 first"
+        )
+    finite = torch.isfinite(images).flatten(1).all(dim=1)
+    if not finite.all():
+        bad = int((~finite).nonzero()[0])
+        raise InputError(f"{what}: sample {bad} holds NaN or infinite values; remove or repair it")
+    if box and (images.min() < 0 or images.max() > 1):
+        raise InputError(
+            f"{what}: expected values in [0, 1], got [{images.min():.4g}, {images.max():.4g}]; "
+            "rescale the images (8-bit images are divided by 255)"
+        )
+
+
+def check_labels(labels: Tensor, count: int, classes: int) -> None:
+    """Refuse labels that are not `count` integers in 0..classes-1.
+
+    Args:
+        labels: (count,) integer tensor.
+        count: the number of samples that the labels belong to.
+        classes: the number of classes.
+
+    Raises:
+        InputError: where a label cannot be used.
+    """
+    if labels.shape != (count,):
+        raise InputError(
+            f"labels: expected one per sample, shape ({count},), got {tuple(labels.shape)}; "
+            "one-hot labels become integers with argmax(dim=1)"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels: expected integers, got {labels.dtype}; convert them with .long()")
+    if count and (labels.min() < 0 or labels.max() >= classes):
+        raise InputError(
+            f"labels: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+        )

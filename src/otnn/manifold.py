@@ -1,0 +1,233 @@
+"""Manifolds on which weights live, and the hook that brings them back after each optimizer step.
+
+A manifold is three functions of a batch of points: `sample`, `retract` and `distance`. A module names the manifold
+of each constrained parameter in its attribute `manifolds`; `keep_on_manifold(optimizer, module)` does the rest.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+# Beyond this distance of the Gram matrix from the identity the polynomial is not trusted: exact polar factor instead.
+_POLYNOMIAL_REACH = 0.5
+
+
+class Manifold(Protocol):
+    """A set of parameters with a way back to it."""
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a random point of the given shape."""
+        ...
+
+    def retract(self, point: Tensor) -> Tensor:
+        """Bring a finite tensor (..., rows, columns) back to the manifold; a point on it is left as it is."""
+        ...
+
+    def distance(self, point: Tensor) -> Tensor:
+        """Tell how far each point is from the manifold: (...,), 0 on it."""
+        ...
+
+
+class Stiefel:
+    """Matrices whose short side is orthonormal: {X : X X^T = I} if wide, {X : X^T X = I} if tall.
+
+    Distances are Frobenius norms of the Gram matrix minus the identity.
+
+    Example:
+        >>> stiefel = Stiefel()
+        >>> weight = stiefel.sample(3, 5, generator=torch.Generator().manual_seed(0))
+        >>> bool(stiefel.distance(weight) < 1e-6)
+        True
+        >>> bool(stiefel.distance(stiefel.retract(weight + 0.3)) < 1e-6)
+        True
+    """
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw from the uniform (Haar) law: the orthogonal factor of a Gaussian matrix with the signs fixed."""
+        *batch, rows, columns = shape
+        gaussian = torch.randn(*batch, max(rows, columns), min(rows, columns), generator=generator).double()
+        q, r = torch.linalg.qr(gaussian)
+        diagonal = r.diagonal(dim1=-2, dim2=-1)
+        tall = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(torch.get_default_dtype())
+        return tall if rows >= columns else tall.mT.contiguous()
+
+    def retract(self, point: Tensor) -> Tensor:
+        """Return the polar factor of each matrix, to the accuracy of its dtype.
+
+        Near the manifold the third-order series (G)^(-1/2) = I - E/2 + 3/8 E^2 with E = G - I works in the small
+        Gram matrix G. It diverges far from the manifold, so a matrix whose E exceeds 0.5 takes the exact polar
+        factor from a float64 singular value decomposition.
+
+        Args:
+            point: (..., rows, columns), finite.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite.
+        """
+        wide = point if point.shape[-2] <= point.shape[-1] else point.mT
+        if wide.shape[-2] == 0 or wide.numel() == 0:
+            return point
+        excess = _gram_excess(wide)
+        distances = torch.linalg.matrix_norm(excess)
+        farthest = float(distances.max())
+        if not farthest < _POLYNOMIAL_REACH:  # also true for NaN
+            far = ~(distances < _POLYNOMIAL_REACH)
+            wide = wide.clone()
+            wide[far] = _polar(wide[far])
+            return self.retract(wide if wide.shape == point.shape else wide.mT)
+        floor = torch.finfo(point.dtype).eps * math.sqrt(wide.shape[-2])
+        while farthest > floor:
+            wide = wide - (excess / 2 - 0.375 * (excess @ excess)) @ wide
+            farthest = farthest**3  # the series is of third order: E becomes at most 5/8 E^3
+            if farthest > floor:
+                excess = _gram_excess(wide)
+        return wide if point.shape[-2] <= point.shape[-1] else wide.mT
+
+    def distance(self, point: Tensor) -> Tensor:
+        """Return ||G - I||_F of each matrix, G the Gram matrix of the short side."""
+        wide = point if point.shape[-2] <= point.shape[-1] else point.mT
+        return torch.linalg.matrix_norm(_gram_excess(wide))
+
+
+class UnitRows:
+    """Matrices whose rows have Euclidean norm 1 (the oblique manifold).
+
+    Example:
+        >>> UnitRows().retract(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+    """
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw each row uniformly on the sphere."""
+        return self.retract(torch.randn(*shape, generator=generator))
+
+    def retract(self, point: Tensor) -> Tensor:
+        """Divide each row by its norm; a row of zeros becomes the constant row.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite.
+        """
+        scale = point.abs().amax(dim=-1, keepdim=True)
+        if not torch.isfinite(scale).all():
+            raise FloatingPointError("a value is NaN or infinite")
+        scaled = torch.where(scale > 0, point / torch.where(scale > 0, scale, 1.0), 1.0)
+        return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+
+    def distance(self, point: Tensor) -> Tensor:
+        """Return the largest | ||row|| - 1 | of each matrix."""
+        return (torch.linalg.vector_norm(point, dim=-1) - 1).abs().amax(dim=-1)
+
+
+class NonNegative:
+    """Numbers >= 0, such as a learned margin."""
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw uniformly from [0, 1)."""
+        return torch.rand(*shape, generator=generator)
+
+    def retract(self, point: Tensor) -> Tensor:
+        """Replace negative numbers by 0.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite.
+        """
+        if not torch.isfinite(point).all():
+            raise FloatingPointError("a value is NaN or infinite")
+        return point.clamp(min=0)
+
+    def distance(self, point: Tensor) -> Tensor:
+        """Return how far below 0 each number is."""
+        return (-point).clamp(min=0)
+
+
+def constrained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Manifold]]:
+    """Yield (name, parameter, manifold) of each constrained parameter of a module and its children."""
+    for prefix, child in module.named_modules():
+        manifolds: dict[str, Manifold] = getattr(child, "manifolds", {})
+        for name, manifold in manifolds.items():
+            yield f"{prefix}.{name}" if prefix else name, child.get_parameter(name), manifold
+
+
+@torch.no_grad()
+def retract_parameters(module: nn.Module) -> None:
+    """Bring every constrained parameter of a module back to its manifold, in place.
+
+    Matrices of one shape, whichever way they lie, are retracted in one batch.
+
+    Raises:
+        FloatingPointError: a parameter holds NaN or infinite values; the message names it.
+    """
+    groups: dict[Any, list[tuple[str, nn.Parameter, Manifold]]] = defaultdict(list)
+    for name, parameter, manifold in constrained_parameters(module):
+        shape = tuple(parameter.shape)
+        if isinstance(manifold, Stiefel):
+            shape = tuple(sorted(shape[-2:]))
+        groups[type(manifold), shape, parameter.dtype, parameter.device].append((name, parameter, manifold))
+    for (kind, shape, _, _), members in groups.items():
+        manifold = members[0][2]
+        try:
+            if kind is Stiefel:
+                flat = [p.view(-1, *p.shape[-2:]) for _, p, _ in members]
+                wide = [f if f.shape[-2:] == shape else f.mT for f in flat]
+                retracted = manifold.retract(torch.cat(wide) if len(wide) > 1 else wide[0])
+                for target, result in zip(wide, retracted.split([len(f) for f in flat]), strict=True):
+                    target.copy_(result)
+            else:
+                for _, parameter, _ in members:
+                    parameter.copy_(manifold.retract(parameter))
+        except FloatingPointError as error:
+            bad = [name for name, parameter, _ in members if not torch.isfinite(parameter).all()]
+            raise FloatingPointError(
+                f"{', '.join(bad)}: {error} after an optimizer step; lower the learning rate or clip the gradient"
+            ) from error
+
+
+def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> RemovableHandle:
+    """Retract the constrained parameters of `modules` after every step of `optimizer`, of any kind.
+
+    Args:
+        optimizer: any `torch.optim` optimizer.
+        modules: networks, and losses with learned margins.
+
+    Returns:
+        The handle whose `remove()` ends it.
+
+    Example:
+        >>> from otnn.nn import OrthoLinear
+        >>> layer = OrthoLinear(4, 2)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1e6)
+        >>> handle = keep_on_manifold(optimizer, layer)
+        >>> layer(torch.ones(1, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> bool(Stiefel().distance(layer.weight) < 1e-5)
+        True
+    """
+
+    def retract(*_: Any) -> None:
+        for module in modules:
+            retract_parameters(module)
+
+    return optimizer.register_step_post_hook(retract)
+
+
+def _gram_excess(wide: Tensor) -> Tensor:
+    """G - I of the rows of (..., rows, columns)."""
+    gram = wide @ wide.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+def _polar(wide: Tensor) -> Tensor:
+    """Exact polar factor of finite matrices (batch, rows, columns), whatever their scale or rank."""
+    if not torch.isfinite(wide).all():
+        raise FloatingPointError("a value is NaN or infinite")
+    exact = wide.double()
+    scale = exact.abs().amax(dim=(-2, -1), keepdim=True)
+    u, _, vh = torch.linalg.svd(exact / torch.where(scale > 0, scale, 1.0), full_matrices=False)
+    return (u @ vh).to(wide.dtype)

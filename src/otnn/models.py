@@ -1,0 +1,156 @@
+"""The networks: a dense one and a strided convolutional one, each with an unconstrained twin of the same widths."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from otnn.errors import InputError
+from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+
+Architecture = Literal["dense", "conv"]
+ARCHITECTURES: tuple[Architecture, ...] = ("dense", "conv")
+SIZES = (8, 128)
+
+
+class Classifier(nn.Module):
+    """A network that names its two parts: `body`, and the affine `head` that maps features to class scores.
+
+    Shapes: (batch, *input_shape) pixels in [0, 1] to (batch, outputs). One output is a binary network: its sign decides
+    and class 1 is positive. Several outputs are decided by the largest.
+
+    Args:
+        body: maps a batch of images to (batch, features).
+        head: affine map from features to scores.
+        input_shape: (channels, height, width).
+    """
+
+    def __init__(self, body: nn.Sequential, head: nn.Linear, input_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.input_shape = tuple(input_shape)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes: 2 for one output."""
+        return max(2, self.head.out_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the class scores (batch, outputs)."""
+        scores: Tensor = self.head(self.body(inputs))
+        return scores
+
+
+def predict(scores: Tensor) -> Tensor:
+    """Decide the class (batch,) from scores (batch, outputs): the sign of one output, the largest of several.
+
+    Example:
+        >>> predict(torch.tensor([[-0.5], [0.5]])), predict(torch.tensor([[0.1, 0.3, 0.2]]))
+        (tensor([0, 1]), tensor([1]))
+    """
+    return (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(dim=1)
+
+
+def build(
+    architecture: str,
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    widths: Sequence[int],
+    mean: Tensor | None = None,
+    constrained: bool = True,
+) -> Classifier:
+    """Build a 1-Lipschitz classifier, or its unconstrained twin of the same widths (ReLU, batch normalisation).
+
+    `dense`: hidden layers of the given widths. `conv`: widths are (stage, ..., stage, dense); every stage has two 3x3
+    convolutions and the second halves the picture; a dense layer and the head follow.
+
+    Args:
+        architecture: "dense" or "conv".
+        input_shape: (channels, height, width); 8 to 128 pixels for "conv".
+        classes: at least 2; two classes get one output.
+        widths: even numbers of units or channels.
+        mean: (channels,) mean of the training images, subtracted from the input; 0.5 by default.
+        constrained: False builds the twin.
+
+    Raises:
+        InputError: an unknown architecture, or sizes that do not fit.
+
+    Example:
+        >>> net = build("dense", (1, 8, 8), 10, widths=(32, 32))
+        >>> net(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> twin = build("dense", (1, 8, 8), 10, widths=(32, 32), constrained=False)
+    """
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    if classes < 2:
+        raise InputError(f"classes: expected at least 2, got {classes}")
+    if not widths or any(width < 2 or width % 2 for width in widths):
+        raise InputError(f"widths: expected even numbers >= 2 (MaxMin sorts pairs), got {list(widths)}")
+    channels, height, width = input_shape
+    layers: list[nn.Module] = [Centering(torch.full((channels,), 0.5) if mean is None else mean.float())]
+    if architecture == "dense":
+        features, dense = math.prod(input_shape), list(widths)
+    else:
+        *stages, last = widths
+        if min(height, width) < SIZES[0] or max(height, width) > SIZES[1]:
+            raise InputError(
+                f"conv: expected images of {SIZES[0]} to {SIZES[1]} pixels, got {height}x{width}; set --size"
+            )
+        if not stages or min(height, width) < 2 ** len(stages):
+            raise InputError(
+                f"conv: {len(stages)} stages do not fit {height}x{width} pixels: expected 1 to "
+                f"{int(math.log2(min(height, width)))} stage widths, then the dense width, got widths {list(widths)}"
+            )
+        for stage in stages:
+            layers += _block(_conv(channels, stage, 1, constrained), constrained)
+            layers += _block(_conv(stage, stage, 2, constrained), constrained)
+            channels, height, width = stage, -(-height // 2), -(-width // 2)
+        features, dense = channels * height * width, [last]
+    layers.append(nn.Flatten())
+    for size in dense:
+        linear = OrthoLinear(features, size) if constrained else nn.Linear(features, size, bias=False)
+        layers += _block(linear, constrained)
+        features = size
+    outputs = 1 if classes == 2 else classes
+    head = UnitNormLinear(features, outputs) if constrained else nn.Linear(features, outputs)
+    return Classifier(nn.Sequential(*layers), head, input_shape)
+
+
+def default_widths(architecture: str, input_shape: Sequence[int]) -> tuple[int, ...]:
+    """Widths that suit a picture size: three dense layers of 256, or stages down to about 7 pixels and a dense 128.
+
+    Example:
+        >>> default_widths("conv", (1, 28, 28)), default_widths("conv", (3, 64, 64))
+        ((32, 64, 128), (32, 64, 128, 128))
+    """
+    if architecture == "dense":
+        return (256, 256, 256)
+    stages = 1
+    while min(input_shape[1:]) / 2**stages > 8:
+        stages += 1
+    return (*[min(32 * 2**i, 128) for i in range(stages)], 128)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The number of trained numbers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _conv(channels_in: int, channels_out: int, stride: int, constrained: bool) -> nn.Module:
+    if constrained:
+        return OrthoConv2d(channels_in, channels_out, 3, stride=stride, padding=1)
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+
+
+def _block(layer: nn.Module, constrained: bool) -> list[nn.Module]:
+    """A linear layer with its activation; the twin's bias is that of its batch normalisation."""
+    if constrained:
+        return [layer, MaxMin()]
+    if isinstance(layer, nn.Conv2d):
+        return [layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()]
+    return [layer, nn.BatchNorm1d(int(layer.out_features)), nn.ReLU()]  # type: ignore[arg-type]

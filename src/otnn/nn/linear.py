@@ -1,0 +1,102 @@
+"""Dense layers: a semi-orthogonal one, and a head whose rows have norm 1."""
+
+import torch
+from torch import Tensor, nn
+
+from otnn.errors import InputError
+from otnn.manifold import Manifold, Stiefel, UnitRows
+
+
+class _ManifoldLinear(nn.Linear):
+    """`torch.nn.Linear` whose weight is sampled on, and kept on, a manifold."""
+
+    manifold: Manifold
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise InputError(f"expected at least one feature on each side, got {in_features} and {out_features}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.manifolds: dict[str, Manifold] = {"weight": self.manifold}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight from the manifold's uniform law and set the bias to 0."""
+        self.weight.copy_(self.manifold.sample(self.out_features, self.in_features))
+        if self.bias is not None:
+            self.bias.zero_()
+
+
+class OrthoLinear(_ManifoldLinear):
+    """Drop-in for `torch.nn.Linear` with a semi-orthogonal weight: every singular value is 1.
+
+    The weight itself lives on the Stiefel manifold: `otnn.manifold.keep_on_manifold` retracts it after each optimizer
+    step, and the forward pass is that of an ordinary dense layer.
+
+    Shapes: (batch, in_features) to (batch, out_features).
+
+    Raises:
+        InputError: a side without features.
+
+    Example:
+        >>> layer = OrthoLinear(8, 3)
+        >>> bool(torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-6))
+        True
+    """
+
+    manifold = Stiefel()
+
+
+class UnitNormLinear(_ManifoldLinear):
+    """Drop-in for `torch.nn.Linear` whose rows have Euclidean norm 1: each output is 1-Lipschitz by itself.
+
+    As a head it leaves every class its own direction: no orthogonality between classes is asked for, and the certificate
+    divides by the true distance of the rows (theory, section 4).
+
+    Shapes: (batch, in_features) to (batch, out_features).
+
+    Raises:
+        InputError: a side without features.
+
+    Example:
+        >>> head = UnitNormLinear(16, 10)
+        >>> bool(torch.allclose(head.weight.norm(dim=1), torch.ones(10)))
+        True
+    """
+
+    manifold = UnitRows()
+
+
+class Centering(nn.Module):
+    """Subtract a fixed mean from the input, channel by channel: Lipschitz constant 1.
+
+    Dividing by a standard deviation as well would raise the constant to 1 / std, so the default input layer only centres.
+
+    Shapes: (batch, channels, ...) to the same.
+
+    Example:
+        >>> Centering(torch.tensor([0.25]))(torch.ones(1, 1, 2))
+        tensor([[[0.7500, 0.7500]]])
+    """
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__()
+        if mean.ndim != 1 or not torch.isfinite(mean).all():
+            raise InputError(f"mean: expected one finite number per channel, got shape {tuple(mean.shape)}")
+        self.register_buffer("mean", mean.detach().clone())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return inputs - mean."""
+        return inputs - self.mean.view(-1, *[1] * (inputs.ndim - 2))
+
+    def extra_repr(self) -> str:
+        """Tell the number of channels."""
+        return f"channels={len(self.mean)}"

@@ -1,0 +1,198 @@
+"""The training loop, the same for the OTNN and its twin, on one process or several.
+
+Under `torchrun` every process sees its share of each batch and gradients are averaged, so that the weights are those of
+one process with the whole batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from otnn.certify import certified_accuracy, certify
+from otnn.data import Split
+from otnn.errors import InputError
+from otnn.lipschitz import bound
+from otnn.manifold import keep_on_manifold
+from otnn.models import Classifier, predict
+from otnn.run.config import TrainingConfig
+from otnn.run.distributed import rank, world
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What an epoch ended with: means over its steps, and the validation split."""
+
+    epoch: int
+    step: int
+    loss: float
+    accuracy: float
+    certified_accuracy: float | None
+    margin: list[float] | float | None
+    seconds: float
+
+
+class Objective(nn.Module):
+    """A network and its loss as one module, so that one wrapper averages the gradients of both."""
+
+    def __init__(self, model: Classifier, loss: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        value: Tensor = self.loss(self.model(inputs), labels)
+        return value
+
+
+def fit(
+    model: Classifier,
+    loss: nn.Module,
+    train: Split,
+    validation: Split,
+    config: TrainingConfig,
+    *,
+    learning_rate: float,
+    constrained: bool,
+    seed: int,
+    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
+) -> None:
+    """Train `model` in place with Adam and a one-cycle schedule; constrained weights return to their manifolds.
+
+    Args:
+        model: on its device.
+        loss: called with scores and labels; its parameters (learned margins) are trained as well.
+        train: the training split.
+        validation: measured after each epoch.
+        config: epochs, batch size and so on.
+        learning_rate: the peak of the schedule.
+        constrained: whether the network is an OTNN, whose certified accuracy is measured.
+        seed: of the batches and the augmentation.
+        on_step: called with (step, steps, loss).
+        on_epoch: called with the metrics of each epoch.
+
+    Raises:
+        InputError: fewer training images than a batch needs.
+        FloatingPointError: the loss or a weight became NaN or infinite.
+    """
+    device = model.head.weight.device
+    loss = loss.to(device)
+    batch_size = min(config.batch_size, len(train))
+    if batch_size < 2 * world():
+        raise InputError(f"expected at least {2 * world()} training images, got {len(train)}")
+    memory_format = torch.channels_last if any(p.ndim == 4 for p in _weights(model)) else torch.contiguous_format
+    model.to(memory_format=memory_format)
+    objective: nn.Module = Objective(model, loss)
+    parallel = DistributedDataParallel(objective) if world() > 1 else objective
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    handle = keep_on_manifold(optimizer, model, loss)
+    per_epoch = len(train) // batch_size
+    steps = config.epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=steps + 1, pct_start=config.warmup_share
+    )
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    step = 0
+    for epoch in range(1, config.epochs + 1):
+        objective.train()
+        total = 0.0
+        for index in _batches(len(train), batch_size, generator):
+            images = augment(train.images[index], config, generator)
+            share = _share_of_process(len(index))
+            images = images[share].to(device).contiguous(memory_format=memory_format)
+            optimizer.zero_grad()
+            value = parallel(images, train.labels[index][share].to(device))
+            number = float(value.detach())
+            if number != number or abs(number) == float("inf"):
+                raise FloatingPointError(
+                    f"the loss became {number} in step {step + 1}; lower training.learning_rate and train again"
+                )
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            total += number
+            step += 1
+            on_step(step, steps, number)
+        on_epoch(_measure(model, loss, validation, epoch, step, total / per_epoch, config, constrained, start))
+    handle.remove()
+    model.eval()
+
+
+@torch.no_grad()
+def scores_of(model: Classifier, images: Tensor, batch_size: int = 1024) -> Tensor:
+    """All class scores of images, on the CPU, by batches."""
+    device = model.head.weight.device
+    return torch.cat([model(batch.to(device)).cpu() for batch in images.split(batch_size)])
+
+
+def augment(images: Tensor, config: TrainingConfig, generator: torch.Generator) -> Tensor:
+    """Mirror and move each image of a batch at random, as configured; pixels that enter repeat the border."""
+    if config.flip:
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(mirrored, images.flip(3), images)
+    if config.shift:
+        *_, height, width = images.shape
+        moves = torch.randint(-config.shift, config.shift + 1, (2, len(images), 1), generator=generator)
+        rows = (torch.arange(height) + moves[0]).clamp(0, height - 1)
+        columns = (torch.arange(width) + moves[1]).clamp(0, width - 1)
+        batch = torch.arange(len(images))
+        images = images.movedim(1, 3)[batch[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    return images
+
+
+def _measure(
+    model: Classifier,
+    loss: nn.Module,
+    validation: Split,
+    epoch: int,
+    step: int,
+    mean_loss: float,
+    config: TrainingConfig,
+    constrained: bool,
+    start: float,
+) -> EpochMetrics:
+    model.eval()
+    certified = None
+    if constrained:
+        certificate = certify(model, validation.images, bound(model.body))
+        prediction = certificate.prediction
+        certified = next(iter(certified_accuracy(certificate, validation.labels, [config.radius]).values()))
+    else:
+        prediction = predict(scores_of(model, validation.images))
+    margin = getattr(loss, "margin", None)
+    return EpochMetrics(
+        epoch=epoch,
+        step=step,
+        loss=mean_loss,
+        accuracy=float((prediction == validation.labels).double().mean()),
+        certified_accuracy=certified,
+        margin=margin.tolist() if isinstance(margin, Tensor) else margin,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random batches of equal size; the last, partial one is dropped."""
+    order = torch.randperm(count, generator=generator)
+    yield from order[: count // batch_size * batch_size].split(batch_size)
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, and the composed kernels of convolutions."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            yield weight
+
+
+def _share_of_process(batch_size: int) -> slice:
+    """The part of a batch that this process computes; equal parts, so that the mean of means is the mean."""
+    part = batch_size // world()
+    return slice(rank() * part, (rank() + 1) * part)

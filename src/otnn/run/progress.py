@@ -1,0 +1,67 @@
+"""Progress on stderr: bars on a terminal, a line per epoch elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from otnn.run.fit import EpochMetrics
+
+console = Console(stderr=True, highlight=False)
+
+
+@dataclass
+class TrainingBar:
+    """Shows the steps of one training with its last figures."""
+
+    progress: Progress
+    task: TaskID
+    name: str
+    figures: str = ""
+
+    def on_step(self, step: int, steps: int, loss: float) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=step, total=steps, figures=f"loss {loss:.3f}{self.figures}")
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        """Show the validation figures; off a terminal, print them."""
+        self.figures = f"  validation accuracy {metrics.accuracy:.1%}"
+        if metrics.certified_accuracy is not None:
+            self.figures += f"  certified {metrics.certified_accuracy:.1%}"
+        if isinstance(metrics.margin, float):
+            self.figures += f"  margin {metrics.margin:.3f}"
+        elif metrics.margin:
+            self.figures += f"  margins {min(metrics.margin):.3f}..{max(metrics.margin):.3f}"
+        if not console.is_terminal:
+            console.print(
+                f"{self.name}: epoch {metrics.epoch}  loss {metrics.loss:.3f}{self.figures}  {metrics.seconds:.0f} s",
+                soft_wrap=True,
+            )
+
+
+@contextmanager
+def training_bar(name: str, quiet: bool) -> Iterator[TrainingBar]:
+    """A bar for the training of one network."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None, figures="")
+        yield TrainingBar(progress, task, name)
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    """Say what is being done while it lasts."""
+    if console.is_terminal:
+        with console.status(message):
+            yield
+    else:
+        console.print(message, soft_wrap=True)
+        yield

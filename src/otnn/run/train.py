@@ -1,0 +1,288 @@
+"""The first stage: data and configuration to a run folder with trained networks."""
+
+import dataclasses
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from otnn import __version__, losses
+from otnn.data import Dataset, Split, load
+from otnn.errors import InputError
+from otnn.lipschitz import bound
+from otnn.models import Classifier, build, default_widths, parameter_count, predict
+from otnn.run.config import Config, DataConfig, LossConfig
+from otnn.run.distributed import processes, rank
+from otnn.run.fit import EpochMetrics, fit, scores_of
+from otnn.run.folder import Run, new_run, open_run, save_run
+from otnn.run.progress import status, training_bar
+
+# Class shares that differ by more than this factor count as unbalanced: class weights and a tuned threshold.
+_UNBALANCED = 1.5
+
+
+def train(config: Config, out: Path, *, force: bool = False, device: str = "auto", quiet: bool = False) -> Run:
+    """Train the OTNN and its unconstrained twin, and leave a run folder.
+
+    Under `torchrun` all processes train together and the first one writes.
+
+    Args:
+        config: what to train on what.
+        out: the run folder; it appears only when everything went well.
+        force: replace an existing run folder.
+        device: "auto", or any name torch knows.
+        quiet: no progress.
+
+    Raises:
+        InputError: data, configuration or folder that cannot be used.
+    """
+    with (
+        processes(choose_device(device)) as place,
+        new_run(out, force=force) if rank() == 0 else TemporaryDirectory() as name_of_folder,
+    ):
+        folder = Path(name_of_folder)
+        quiet = quiet or rank() > 0
+        start = time.perf_counter()
+        with status(f"reading {config.data.name}"):
+            dataset = load_dataset(config.data)
+        shape = dataset.input_shape
+        widths = config.model.widths or default_widths(config.model.architecture, shape)
+        mean = dataset.train.images.mean(dim=(0, 2, 3))
+        networks: dict[str, Classifier] = {}
+        results: dict[str, Any] = {
+            "format": 1,
+            "data": describe(dataset),
+            "versions": versions(),
+            "seed": config.seed,
+            "seconds": {},
+        }
+        for name in ("otnn", "unconstrained") if config.twin else ("otnn",):
+            constrained = name == "otnn"
+            torch.manual_seed(config.seed)
+            model = build(
+                config.model.architecture, shape, len(dataset.classes), widths=widths, mean=mean, constrained=constrained
+            ).to(place)
+            loss = make_loss(config.loss, dataset.shares) if constrained else twin_loss(dataset.shares)
+            begin = time.perf_counter()
+            train_network(model, loss, dataset, config, name, folder / "metrics.jsonl", quiet)
+            results["seconds"][f"train_{name}"] = round(time.perf_counter() - begin, 3)
+            if len(dataset.classes) == 2 and unbalanced(dataset.shares):
+                tune_threshold(model, dataset.validation)
+            if constrained and isinstance(loss, losses.Loss):
+                results[name] = describe_loss(loss, config)
+            results.setdefault(name, {}).update(measure(model, dataset))
+            results[name].update(architecture=config.model.architecture, widths=list(widths))
+            networks[name] = model
+        body = bound(networks["otnn"].body)
+        results["otnn"]["lipschitz_bound"] = body.constant
+        results["seconds"]["total"] = round(time.perf_counter() - start, 3)
+        model_description = {
+            "architecture": config.model.architecture,
+            "input_shape": list(shape),
+            "classes": list(dataset.classes),
+            "widths": list(widths),
+        }
+        bounds = {"otnn": {"constant": body.constant, "layers": dict(body.layers)}}
+        (folder / "networks").mkdir(exist_ok=True)
+        save_run(folder, config, model_description, networks, bounds, results)
+    return open_run(out)
+
+
+def train_network(
+    model: Classifier, loss: nn.Module, dataset: Dataset, config: Config, name: str, metrics_file: Path, quiet: bool
+) -> None:
+    """Train one network with progress, and append its metrics to a file of JSON lines."""
+    rate = config.training.learning_rate if name == "otnn" else config.training.twin_learning_rate
+    with training_bar(name, quiet) as bar, metrics_file.open("a", encoding="utf-8") as stream:
+
+        def on_epoch(metrics: EpochMetrics) -> None:
+            line = {
+                "network": name,
+                "epoch": metrics.epoch,
+                "step": metrics.step,
+                "loss": metrics.loss,
+                "validation_accuracy": metrics.accuracy,
+                "validation_certified_accuracy": metrics.certified_accuracy,
+                "margin": metrics.margin,
+                "seconds": round(metrics.seconds, 3),
+            }
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            if not quiet:
+                bar.on_epoch(metrics)
+
+        fit(
+            model,
+            loss,
+            dataset.train,
+            dataset.validation,
+            config.training,
+            learning_rate=rate,
+            constrained=name == "otnn",
+            seed=config.seed,
+            on_step=bar.on_step,
+            on_epoch=on_epoch,
+        )
+    if isinstance(loss, losses.Loss):
+        loss.warn_at_zero()
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Load the data set of a configuration."""
+    return load(
+        config.name,
+        data_dir=None if config.data_dir is None else Path(config.data_dir),
+        size=config.size,
+        classes=config.classes,
+        target=config.target,
+        validation_share=config.validation_share,
+        skip_broken=config.skip_broken,
+    )
+
+
+def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
+    """The loss of the OTNN, with the priors of the training split.
+
+    Raises:
+        InputError: a loss that does not fit the number of classes, or an unknown one.
+    """
+    name = config.name
+    if name == "auto":
+        name = "hkr" if len(shares) == 2 else "soft_hkr"
+    if (name == "hkr") != (len(shares) == 2):
+        raise InputError(f"loss.name: {name} does not fit {len(shares)} classes; expected hkr for two, another for more")
+    common: dict[str, Any] = {"margin": config.margin, "hinge_weight": config.hinge_weight, "alpha": config.alpha}
+    if name == "hkr":
+        return losses.HKRLoss(**common, prior=float(shares[1]), balanced=unbalanced(shares))
+    if name == "one_vs_all_hkr":
+        return losses.OneVsAllHKRLoss(shares, **common)
+    if name == "soft_hkr":
+        return losses.SoftHKRLoss(
+            shares,
+            **common,
+            temperature=config.temperature,
+            kr_form=config.kr_form,
+            hinge_form=config.hinge_form,
+        )
+    if name == "cross_entropy":
+        return losses.TemperatureCrossEntropyLoss(config.temperature)
+    raise InputError(
+        f"loss.name: expected auto, hkr, one_vs_all_hkr, soft_hkr or cross_entropy, got {config.name!r}"
+    )
+
+
+class _BinaryCrossEntropy(nn.BCEWithLogitsLoss):
+    """Cross-entropy of one output, called with integer labels like every loss here."""
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(scores.squeeze(1), labels.to(scores.dtype))
+
+
+def twin_loss(shares: Tensor) -> nn.Module:
+    """Cross-entropy, with class weights where the classes are unbalanced."""
+    weights = 1 / shares.float() if unbalanced(shares) else torch.ones(len(shares))
+    if len(shares) == 2:
+        return _BinaryCrossEntropy(pos_weight=weights[1] / weights[0])
+    return nn.CrossEntropyLoss(weight=weights / weights.mean())
+
+
+def unbalanced(shares: Tensor) -> bool:
+    """Whether the largest class is more than 1.5 times the smallest."""
+    return float(shares.max() / shares.min()) > _UNBALANCED
+
+
+@torch.no_grad()
+def tune_threshold(model: Classifier, validation: Split) -> None:
+    """Shift the head's bias so that the sign of the one output has the best balanced accuracy on validation.
+
+    A shift keeps the Lipschitz constant, and the sign still decides.
+    """
+    scores = scores_of(model, validation.images)[:, 0].double()
+    ordered = scores.unique()
+    if len(ordered) < 2:
+        return
+    thresholds = (ordered[1:] + ordered[:-1]) / 2
+    above = scores.unsqueeze(0) > thresholds.unsqueeze(1)
+    positive = validation.labels == 1
+    balanced = above[:, positive].double().mean(dim=1) + (~above[:, ~positive]).double().mean(dim=1)
+    best = (balanced >= balanced.max() - 1e-12).nonzero().squeeze(1)
+    chosen = thresholds[best[len(best) // 2]]
+    model.head.bias -= chosen.to(model.head.bias)
+
+
+def measure(model: Classifier, dataset: Dataset) -> dict[str, Any]:
+    """Accuracy, balanced accuracy and recall of each class on the test split, and the number of parameters."""
+    prediction = predict(scores_of(model, dataset.test.images))
+    right = prediction == dataset.test.labels
+    recall = [float(right[dataset.test.labels == k].double().mean()) for k in range(len(dataset.classes))]
+    return {
+        "accuracy": float(right.double().mean()),
+        "balanced_accuracy": math.fsum(recall) / len(recall),
+        "recall": dict(zip(dataset.classes, recall, strict=True)),
+        "parameters": parameter_count(model),
+    }
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """The data as results.json tells of them."""
+    return {
+        "name": dataset.name,
+        "classes": list(dataset.classes),
+        "input_shape": list(dataset.input_shape),
+        "train": len(dataset.train),
+        "validation": len(dataset.validation),
+        "test": len(dataset.test),
+        "class_shares": dataset.shares.tolist(),
+        "skipped": list(dataset.skipped),
+    }
+
+
+def describe_loss(loss: losses.Loss, config: Config) -> dict[str, Any]:
+    """The loss as results.json tells of it: its name and its margin, learned or fixed."""
+    names: Sequence[tuple[type, str]] = (
+        (losses.HKRLoss, "hkr"),
+        (losses.OneVsAllHKRLoss, "one_vs_all_hkr"),
+        (losses.SoftHKRLoss, "soft_hkr"),
+        (losses.TemperatureCrossEntropyLoss, "cross_entropy"),
+    )
+    margin = getattr(loss, "margin", None)
+    return {
+        "loss": next(name for kind, name in names if isinstance(loss, kind)),
+        "loss_settings": {k: v for k, v in dataclasses.asdict(config.loss).items() if k != "name" and v is not None},
+        "margin": margin.tolist() if isinstance(margin, Tensor) else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that the figures depend on."""
+    return {
+        "otnn": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes the accelerator if there is one.
+
+    Raises:
+        InputError: a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: {name!r} cannot be used here ({reason}); expected auto, cpu or cuda") from None
+    return device
