@@ -10,6 +10,7 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.lipschitz import LipschitzBound
 from otnn.models import Classifier, predict
+from otnn.potential import class_scores, pair_distances
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,6 @@ class Certificate:
     prediction: Tensor
     logit_gap: Tensor
     radius: Tensor
-
-
-def pair_distances(model: Classifier, body: LipschitzBound) -> Tensor:
-    """L_body ||w_t - w_j|| for all pairs of classes, (classes, classes) float64; for one output, L_body ||w||.
-
-    Dividing z_t - z_j by its entry gives the pair potential, which is 1-Lipschitz (theory, section 0).
-    """
-    rows = model.head.weight.detach().double()
-    if len(rows) == 1:
-        return body.constant * rows.norm().expand(2, 2)
-    return body.constant * torch.linalg.vector_norm(rows.unsqueeze(1) - rows.unsqueeze(0), dim=2)
 
 
 @torch.no_grad()
@@ -77,22 +67,19 @@ def certify(model: Classifier, inputs: Tensor, body: LipschitzBound, *, batch_si
 
 
 def certify_scores(scores: Tensor, distances: Tensor) -> Certificate:
-    """Certificates of scores (batch, outputs), given `pair_distances`."""
-    exact = scores.double()
+    """Certificates of scores (batch, outputs), given `otnn.potential.pair_distances`."""
     prediction = predict(scores)
-    if scores.shape[1] == 1:
-        gap = exact[:, 0].abs()
-        radius = gap / distances[0, 0]
-    else:
-        top = exact.gather(1, prediction.unsqueeze(1))
-        own = torch.nn.functional.one_hot(prediction, scores.shape[1]).bool()
-        differences = (top - exact).masked_fill(own, torch.inf)
-        gap = differences.amin(dim=1)
-        # equal rows give 0/0 on a tie: no class separates them, the radius is 0; differences > 0 give infinity
-        radius = (differences / distances[prediction]).nan_to_num(nan=0.0, posinf=torch.inf).amin(dim=1)
-    finite = torch.isfinite(exact).all(dim=1)
-    zero = torch.zeros_like(gap)
-    return Certificate(prediction, torch.where(finite, gap, zero), torch.where(finite, radius, zero))
+    logits = class_scores(scores.double())
+    own = torch.nn.functional.one_hot(prediction, logits.shape[1]).bool()
+    differences = (logits.gather(1, prediction.unsqueeze(1)) - logits).masked_fill(own, torch.inf)
+    # a tie of classes with equal rows is 0/0: nothing separates them and the radius is 0
+    potentials = (differences / distances[prediction]).nan_to_num(nan=0.0, posinf=torch.inf)
+    usable = torch.isfinite(scores).all(dim=1)
+    return Certificate(
+        prediction=prediction,
+        logit_gap=torch.where(usable, differences.amin(dim=1), 0.0),
+        radius=torch.where(usable, potentials.amin(dim=1), 0.0),
+    )
 
 
 def certified_accuracy(certificate: Certificate, labels: Tensor, radii: Sequence[float]) -> dict[str, float]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-# Beyond this distance of the Gram matrix from the identity the polynomial is not trusted: exact polar factor instead.
-_POLYNOMIAL_REACH = 0.5
+# The series converges where the Gram matrix is less than 1 from the identity in the spectral norm; beyond this bound of
+# that norm the exact polar factor is taken instead.
+_SERIES_REACH = 0.9
 
 
 class Manifold(Protocol):
@@ -60,9 +61,9 @@ class Stiefel:
     def retract(self, point: Tensor) -> Tensor:
         """Return the polar factor of each matrix, to the accuracy of its dtype.
 
-        Near the manifold the third-order series (G)^(-1/2) = I - E/2 + 3/8 E^2 with E = G - I works in the small
-        Gram matrix G. It diverges far from the manifold, so a matrix whose E exceeds 0.5 takes the exact polar
-        factor from a float64 singular value decomposition.
+        Near the manifold the third-order series G^(-1/2) = I - E/2 + 3/8 E^2 with E = G - I works in the small Gram
+        matrix G. It diverges far from the manifold, so a matrix whose E may exceed 0.9 takes the exact polar factor
+        from a float64 singular value decomposition.
 
         Args:
             point: (..., rows, columns), finite.
@@ -74,19 +75,21 @@ class Stiefel:
         if wide.shape[-2] == 0 or wide.numel() == 0:
             return point
         excess = _gram_excess(wide)
-        distances = torch.linalg.matrix_norm(excess)
-        farthest = float(distances.max())
-        if not farthest < _POLYNOMIAL_REACH:  # also true for NaN
-            far = ~(distances < _POLYNOMIAL_REACH)
+        square = excess @ excess
+        spread = torch.linalg.matrix_norm(square).sqrt()  # at least the spectral norm of E
+        farthest = float(spread.max())
+        if not farthest < _SERIES_REACH:  # also true for NaN
+            far = ~(spread < _SERIES_REACH)
             wide = wide.clone()
             wide[far] = _polar(wide[far])
             return self.retract(wide if wide.shape == point.shape else wide.mT)
         floor = torch.finfo(point.dtype).eps * math.sqrt(wide.shape[-2])
         while farthest > floor:
-            wide = wide - (excess / 2 - 0.375 * (excess @ excess)) @ wide
-            farthest = farthest**3  # the series is of third order: E becomes at most 5/8 E^3
+            wide = wide - (excess / 2 - 0.375 * square) @ wide
+            farthest = farthest**3  # third order: eigenvalues e of E become less than |e|^3
             if farthest > floor:
                 excess = _gram_excess(wide)
+                square = excess @ excess
         return wide if point.shape[-2] <= point.shape[-1] else wide.mT
 
     def distance(self, point: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""The command line: one command a stage, each from files to files of one run folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from otnn import __version__
+from otnn.errors import InputError
+
+app = typer.Typer(
+    name="otnn",
+    help="Train 1-Lipschitz classifiers with optimal transport; certify, explain and report them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_out = Console(soft_wrap=False, highlight=False)
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, as `otnn train` makes it.", metavar="RUN")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing run folder.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of local data sets (or OTNN_DATA_DIR).", metavar="DIR")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"otnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="The run folder to make.", metavar="DIR")],
+    data: Annotated[
+        str | None, typer.Option(help="digits, mnist, fashion-mnist, ..., a folder, a zip or a Hugging Face name.")
+    ] = None,
+    data_dir: DataDir = None,
+    classes: Annotated[str | None, typer.Option(help="Classes of the task by name or index: 0,8.")] = None,
+    target: Annotated[str | None, typer.Option(help="An attribute column, for a binary task.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    preset: Annotated[str | None, typer.Option(help="A named configuration, such as fast.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    no_twin: Annotated[bool, typer.Option("--no-twin", help="Do not train the unconstrained twin.")] = False,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an OTNN and its unconstrained twin."""
+    from otnn.run import config as configuration
+    from otnn.run.train import train as run_training
+
+    settings = configuration.load(
+        preset,
+        config,
+        {
+            "data.name": data,
+            "data.data_dir": None if data_dir is None else str(data_dir),
+            "data.classes": None if classes is None else [name.strip() for name in classes.split(",")],
+            "data.target": target,
+            "data.size": size,
+            "data.skip_broken": skip_broken or None,
+            "seed": seed,
+            "twin": False if no_twin else None,
+        },
+        overrides or [],
+    )
+    run = run_training(settings, out, force=force, device=device)
+    results = run.results()
+    _print(results, as_json, networks_table(results))
+    _say(f"next: otnn certify {out}; otnn explain {out}; otnn report {out}", as_json)
+
+
+@app.command()
+def certify(run: RunFolder, device: Device = "auto", as_json: AsJson = False) -> None:
+    """Certify every test image: certificates.csv, certificates.npz and certified accuracy over radii."""
+    from otnn.run.certify import certify_run
+    from otnn.run.folder import open_run
+    from otnn.run.train import choose_device
+
+    opened = open_run(run)
+    figures = certify_run(opened, device=choose_device(device))
+    _print(figures, as_json, radii_table(opened.results()))
+
+
+@app.command()
+def explain(
+    run: RunFolder,
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files; without any, a gallery of test images.")] = None,
+    target: Annotated[str | None, typer.Option(help="The class that the counterfactuals go to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/explanations by default.")] = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a prediction comes from, and the image that another class would need."""
+    from otnn.run.explain import explain_files, explain_gallery
+    from otnn.run.folder import open_run
+
+    opened = open_run(run)
+    if not images:
+        if target is not None or out is not None:
+            raise InputError("--target and --out go with image files; give some, or leave them out for the gallery")
+        file = explain_gallery(opened)
+        _print({"gallery": str(file)}, as_json, f"gallery of test images: {file}")
+        return
+    rows = explain_files(opened, images, target=target, out=out, skip_broken=skip_broken)
+    table = Table("image", "prediction", "certified radius", "towards", "tightness", "flips", "picture")
+    for row in rows:
+        tightness = row["status"] if row["tightness"] is None else f"{row['tightness']:.3f}"
+        flips = "yes" if row["flipped"] else "no"
+        table.add_row(
+            row["file"], row["prediction"], f"{row['radius']:.4f}", row["target"], tightness, flips, row["picture"]
+        )
+    _print({"images": rows}, as_json, table)
+
+
+@app.command()
+def report(run: RunFolder, as_json: AsJson = False) -> None:
+    """Write report.html: one page that a non-expert can read; runs certify and explain where they are missing."""
+    from otnn.report import write_report
+    from otnn.run.certify import certify_run
+    from otnn.run.explain import explain_gallery
+    from otnn.run.folder import open_run
+
+    opened = open_run(run)
+    if not (run / "certificates.npz").exists() or "certified_accuracy" not in opened.results()["otnn"]:
+        certify_run(opened)
+    if not (run / "explanations.npz").exists():
+        explain_gallery(opened)
+    file = write_report(run)
+    _print({"report": str(file)}, as_json, f"report: {file}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="The run folder; the first free otnn-demo by default.")] = None,
+    data: Annotated[str, typer.Option(help="A data set, as in `otnn train`.")] = "digits",
+    data_dir: DataDir = None,
+    target: Annotated[str | None, typer.Option(help="An attribute column, for a binary task.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    preset: Annotated[str | None, typer.Option(help="A named configuration.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")
+    ] = None,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, certify, explain and report in one go."""
+    from otnn.run import config as configuration
+    from otnn.run.demo import free_folder, run_all
+
+    settings = configuration.load(
+        preset,
+        None,
+        {
+            "data.name": data,
+            "data.data_dir": None if data_dir is None else str(data_dir),
+            "data.target": target,
+            "seed": seed,
+        },
+        overrides or [],
+    )
+    folder = out if out is not None else free_folder(Path("otnn-demo"))
+    run = run_all(settings, folder, force=force, device=device)
+    results = run.results()
+    _print(results, as_json, networks_table(results), radii_table(results))
+    _say(f"report: {folder / 'report.html'}", as_json)
+
+
+def networks_table(results: dict[str, Any]) -> Table:
+    """Both networks side by side."""
+    data = results["data"]
+    table = Table("test split", title=f"{data['name']}: {data['test']} test images, {len(data['classes'])} classes")
+    names = [name for name in ("otnn", "unconstrained") if name in results]
+    for name in names:
+        table.add_column("OTNN" if name == "otnn" else name, justify="right")
+    for label, key, form in (
+        ("accuracy", "accuracy", "{:.2%}"),
+        ("balanced accuracy", "balanced_accuracy", "{:.2%}"),
+        ("mean certified radius", "mean_radius", "{:.4f}"),
+        ("Lipschitz bound of the body", "lipschitz_bound", "{:.7f}"),
+        ("parameters", "parameters", "{:,}"),
+    ):
+        cells = [form.format(results[name][key]) if key in results[name] else "-" for name in names]
+        if any(cell != "-" for cell in cells):
+            table.add_row(label, *cells)
+    seconds = [f"{results['seconds'].get(f'train_{name}', 0):.1f}" for name in names]
+    table.add_row("training, seconds", *seconds)
+    return table
+
+
+def radii_table(results: dict[str, Any]) -> Table:
+    """Certified accuracy over radii."""
+    table = Table("L2 radius", "certified accuracy", title="share of test images right with radius >= r, [0,1] pixels")
+    for radius, share in results["otnn"]["certified_accuracy"].items():
+        table.add_row(radius, f"{share:.2%}")
+    return table
+
+
+def _print(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        for item in pretty:
+            _out.print(item)
+
+
+def _say(message: str, as_json: bool) -> None:
+    if not as_json:
+        _out.print(message, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; what a user's input can cause is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"otnn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"otnn: training failed: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

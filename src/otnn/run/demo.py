@@ -1,0 +1,35 @@
+"""All stages in a row: data to report."""
+
+import time
+from pathlib import Path
+
+from otnn.report import write_report
+from otnn.run.certify import certify_run
+from otnn.run.config import Config
+from otnn.run.explain import explain_gallery
+from otnn.run.folder import Run
+from otnn.run.train import load_dataset, train
+
+
+def run_all(config: Config, out: Path, *, force: bool = False, device: str = "auto") -> Run:
+    """Train, certify, explain and report into one run folder.
+
+    Raises:
+        InputError: see `otnn.run.train.train`.
+    """
+    start = time.perf_counter()
+    run = train(config, out, force=force, device=device)
+    dataset = load_dataset(run.config.data)
+    certify_run(run, dataset=dataset)
+    explain_gallery(run, dataset=dataset)
+    run.update_results({"seconds": {"total": round(time.perf_counter() - start, 3)}})
+    write_report(run.path)
+    return run
+
+
+def free_folder(base: Path) -> Path:
+    """`base`, or the first of `base-2`, `base-3`, ... that does not exist."""
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path

@@ -1,0 +1,176 @@
+"""The third stage: saliency and counterfactual of a gallery of test images, or of the user's own images."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otnn.data import Dataset, Split, load_images
+from otnn.errors import InputError
+from otnn.explain import Counterfactual, counterfactual, saliency
+from otnn.files import write_npz, write_whole
+from otnn.lipschitz import bound
+from otnn.models import predict
+from otnn.report.pictures import explanation_picture
+from otnn.run.folder import Run
+from otnn.run.progress import status
+from otnn.run.train import load_dataset
+
+GALLERY = 12
+
+
+def explain_gallery(run: Run, *, dataset: Dataset | None = None, size: int = GALLERY) -> Path:
+    """Explain a fixed choice of test images: writes explanations.npz, which the report shows.
+
+    The choice goes round the classes, an error of the OTNN before right predictions of a class whose turn comes third.
+
+    Args:
+        run: an opened run.
+        dataset: its data, if they are at hand already.
+        size: the number of images.
+    """
+    start = time.perf_counter()
+    with status(f"explaining {run.path}"):
+        dataset = dataset or load_dataset(run.config.data)
+        index = choose_gallery(run, dataset.test, size)
+        arrays = explain_images(run, dataset.test.images[index])
+        arrays["label"] = dataset.test.labels[index].numpy()
+        arrays["index"] = index.numpy()
+        file = run.path / "explanations.npz"
+        write_npz(file, arrays)
+    run.update_results({"seconds": {"explain": round(time.perf_counter() - start, 3)}})
+    return file
+
+
+def explain_files(
+    run: Run, files: Sequence[Path], *, target: str | None = None, out: Path | None = None, skip_broken: bool = False
+) -> list[dict[str, Any]]:
+    """Explain image files: one PNG and one npz each, in the run's folder `explanations` or in `out`.
+
+    Args:
+        run: an opened run.
+        files: images; they are cropped and resized as the training images were.
+        target: the class that the counterfactuals go to, by name or index; the nearest rival by default.
+        out: another folder for the pictures.
+        skip_broken: leave out images that cannot be read.
+
+    Returns:
+        Per image: file, prediction, target, radius, tightness, flipped, status and the PNG written.
+
+    Raises:
+        InputError: an unknown class, or an image that cannot be read.
+    """
+    chosen = None if target is None else class_index(run.classes, target)
+    shape = tuple(run.manifest["model"]["input_shape"])
+    images, names = load_images(files, (shape[0], shape[1], shape[2]), skip_broken=skip_broken)
+    targets = None if chosen is None else torch.full((len(images),), chosen)
+    with status(f"explaining {len(images)} image{'s' * (len(images) != 1)}"):
+        arrays = explain_images(run, images, targets)
+        folder = out or run.path / "explanations"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for k, stem in enumerate(_stems(names)):
+            one = {key: value[k : k + 1] for key, value in arrays.items()}
+            write_npz(folder / f"{stem}.npz", one)
+            picture = folder / f"{stem}.png"
+            write_whole(picture, explanation_picture(one, run.classes))
+            rows.append(
+                {
+                    "file": names[k],
+                    "prediction": run.classes[int(one["prediction"][0])],
+                    "target": run.classes[int(one["target"][0])],
+                    "radius": float(one["radius"][0]),
+                    "tightness": float(one["tightness"][0]) if one["status"][0] == "ok" else None,
+                    "flipped": bool(one["flipped"][0]),
+                    "status": str(one["status"][0]),
+                    "picture": str(picture),
+                }
+            )
+    return rows
+
+
+def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> dict[str, Any]:
+    """Everything that is shown of images, as arrays of the layout of explanations.npz.
+
+    The network runs in float64, so that boundaries are found to about 1e-9.
+
+    Args:
+        run: an opened run.
+        images: (batch, channels, height, width) in [0, 1].
+        target: (batch,) the class that each counterfactual goes to; the nearest rival by default.
+    """
+    model = run.network("otnn").double()
+    body = bound(model.body)
+    exact = images.double()
+    way: Counterfactual = counterfactual(model, exact, body, target)
+    nearest = way if target is None else counterfactual(model, exact, body, steps=2)
+    arrays = {
+        "images": images.float(),
+        "prediction": way.prediction,
+        "target": way.target,
+        "radius": nearest.radius,  # of the prediction: the nearest rival's, whatever the target
+        "saliency": saliency(model, exact, way.prediction).float(),
+        "distances": way.distances,
+        "path": way.path.float(),
+        "potential": way.potential,
+        "scores": way.scores,
+        "one_step": way.one_step.float(),
+        "boundary": way.boundary.float(),
+        "boundary_distance": way.boundary_distance,
+        "tightness": way.tightness,
+        "flipped": way.flipped,
+    }
+    if run.has_twin:
+        twin = run.network("unconstrained").double()
+        with torch.no_grad():
+            arrays["unconstrained_prediction"] = predict(twin(exact))
+        arrays["unconstrained_saliency"] = saliency(twin, exact, arrays["unconstrained_prediction"]).float()
+    result: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
+    import numpy as np
+
+    result["status"] = np.array(way.status)
+    return result
+
+
+def choose_gallery(run: Run, test: Split, size: int) -> Tensor:
+    """Indices of test images, round the classes; of each class a wrongly predicted one comes third."""
+    model = run.network("otnn")
+    with torch.no_grad():
+        first = slice(0, 2048)
+        wrong = predict(model(test.images[first])) != test.labels[first]
+    queues = []
+    for k in range(len(run.classes)):
+        members = (test.labels[first] == k).nonzero().squeeze(1).tolist()
+        right = [i for i in members if not wrong[i]]
+        errors = [i for i in members if wrong[i]]
+        queues.append(right[:2] + errors + right[2:] if len(run.classes) < 6 else right[:1] + errors[:1] + right[1:])
+    order = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
+    return torch.tensor(sorted(order[:size], key=lambda i: (int(test.labels[i]), i)))
+
+
+def class_index(classes: tuple[str, ...], name: str) -> int:
+    """The index of a class given by name or number.
+
+    Raises:
+        InputError: no such class.
+    """
+    if name in classes:
+        return classes.index(name)
+    if name.isdigit() and int(name) < len(classes):
+        return int(name)
+    raise InputError(f"--target {name}: no such class; expected one of {', '.join(classes)}")
+
+
+def _stems(names: Sequence[str]) -> list[str]:
+    """File names without ending, made different where they repeat."""
+    stems: list[str] = []
+    for name in names:
+        stem = base = Path(name).stem
+        number = 2
+        while stem in stems:
+            stem, number = f"{base}-{number}", number + 1
+        stems.append(stem)
+    return stems
