@@ -25,8 +25,7 @@ def check_images(images: Tensor, *, box: bool = False, what: str = "inputs") -> 
         raise InputError(f"{what}: expected at least one sample, got an empty batch")
     if not images.is_floating_point():
         raise InputError(
-            f"{what}: expected floating-point values in [0, 1], got {images.dtype}; "
-            "divide 8-bit images by 255 first"
+            f"{what}: expected floating-point values in [0, 1], got {images.dtype}; divide 8-bit images by 255 first"
         )
     finite = torch.isfinite(images).flatten(1).all(dim=1)
     if not finite.all():
@@ -58,6 +57,4 @@ def check_labels(labels: Tensor, count: int, classes: int) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels: expected integers, got {labels.dtype}; convert them with .long()")
     if count and (labels.min() < 0 or labels.max() >= classes):
-        raise InputError(
-            f"labels: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}"
-        )
+        raise InputError(f"labels: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -104,7 +107,9 @@ def certify(run: RunFolder, device: Device = "auto", as_json: AsJson = False) ->
 @app.command()
 def explain(
     run: RunFolder,
-    images: Annotated[list[Path] | None, typer.Argument(help="Image files; without any, a gallery of test images.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files; without any, a gallery of test images.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="The class that the counterfactuals go to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/explanations by default.")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
@@ -229,8 +234,15 @@ def _say(message: str, as_json: bool) -> None:
         _out.print(message, soft_wrap=True)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A user's warning in one line; others are for developers and stay silent."""
+    if issubclass(category, UserWarning):
+        print(f"otnn: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; what a user's input can cause is one sentence on stderr and exit code 2."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except InputError as error:

@@ -55,7 +55,7 @@ class Stiefel:
         gaussian = torch.randn(*batch, max(rows, columns), min(rows, columns), generator=generator).double()
         q, r = torch.linalg.qr(gaussian)
         diagonal = r.diagonal(dim1=-2, dim2=-1)
-        tall = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(torch.get_default_dtype())
+        tall: Tensor = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(torch.get_default_dtype())
         return tall if rows >= columns else tall.mT.contiguous()
 
     def retract(self, point: Tensor) -> Tensor:
@@ -95,7 +95,8 @@ class Stiefel:
     def distance(self, point: Tensor) -> Tensor:
         """Return ||G - I||_F of each matrix, G the Gram matrix of the short side."""
         wide = point if point.shape[-2] <= point.shape[-1] else point.mT
-        return torch.linalg.matrix_norm(_gram_excess(wide))
+        distance: Tensor = torch.linalg.matrix_norm(_gram_excess(wide))
+        return distance
 
 
 class UnitRows:
@@ -120,11 +121,13 @@ class UnitRows:
         if not torch.isfinite(scale).all():
             raise FloatingPointError("a value is NaN or infinite")
         scaled = torch.where(scale > 0, point / torch.where(scale > 0, scale, 1.0), 1.0)
-        return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        return unit
 
     def distance(self, point: Tensor) -> Tensor:
         """Return the largest | ||row|| - 1 | of each matrix."""
-        return (torch.linalg.vector_norm(point, dim=-1) - 1).abs().amax(dim=-1)
+        distance: Tensor = (torch.linalg.vector_norm(point, dim=-1) - 1).abs().amax(dim=-1)
+        return distance
 
 
 class NonNegative:
@@ -233,4 +236,5 @@ def _polar(wide: Tensor) -> Tensor:
     exact = wide.double()
     scale = exact.abs().amax(dim=(-2, -1), keepdim=True)
     u, _, vh = torch.linalg.svd(exact / torch.where(scale > 0, scale, 1.0), full_matrices=False)
-    return (u @ vh).to(wide.dtype)
+    polar: Tensor = (u @ vh).to(wide.dtype)
+    return polar

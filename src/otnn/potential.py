@@ -24,7 +24,8 @@ def pair_distances(model: Classifier, body: LipschitzBound) -> Tensor:
     rows = model.head.weight.detach().double()
     if len(rows) == 1:
         rows = torch.cat([-rows / 2, rows / 2])  # as two classes with scores -z/2 and z/2
-    return body.constant * torch.linalg.vector_norm(rows.unsqueeze(1) - rows.unsqueeze(0), dim=2)
+    lengths: Tensor = torch.linalg.vector_norm(rows.unsqueeze(1) - rows.unsqueeze(0), dim=2)
+    return body.constant * lengths
 
 
 def class_scores(scores: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ def binary(values: Sequence[object]) -> Indices | None:
         if isinstance(value, str):
             number = WORDS.get(value.strip().lower())
         else:
-            number = (
-                int(value) if isinstance(value, int | float | np.generic) and value in (-1, 0, 1) else None
-            )
+            number = int(value) if isinstance(value, int | float | np.generic) and value in (-1, 0, 1) else None
         if number is None:
             return None
         numbers.append(number)
@@ -92,9 +90,7 @@ def _titles(
     if not all("class" in table for table in tables.values()):
         return plain
     pairs = {
-        (key, value)
-        for split, table in tables.items()
-        for key, value in zip(keys[split], table["class"], strict=True)
+        (key, value) for split, table in tables.items() for key, value in zip(keys[split], table["class"], strict=True)
     }
     titles = dict(pairs)
     unique = len(pairs) == len(ordered) == len(set(titles.values()))

@@ -101,9 +101,7 @@ def read_tree(root: Path) -> Tree:
     Raises:
         InputError: where there is no image, or the zip is damaged.
     """
-    members = [
-        m for m in _listing(root) if not any(part.startswith((".", "__MACOSX")) for part in m.split("/"))
-    ]
+    members = [m for m in _listing(root) if not any(part.startswith((".", "__MACOSX")) for part in m.split("/"))]
     tables = [m for m in members if m.rsplit("/", 1)[-1] in METADATA_NAMES]
     if tables:
         images, columns = read_metadata(root, tables)
@@ -111,9 +109,7 @@ def read_tree(root: Path) -> Tree:
         # a zip without metadata gets wrong labels from `datasets` 5.2.0, so the path decides (`_groups`)
         images, columns = sorted(m for m in members if m.lower().endswith(SUFFIXES)), {}
     if not images:
-        raise InputError(
-            f"{root}: expected images ({', '.join(s[1:] for s in SUFFIXES)}), found none; add some"
-        )
+        raise InputError(f"{root}: expected images ({', '.join(s[1:] for s in SUFFIXES)}), found none; add some")
     return Tree(root, tuple(images), columns)
 
 
@@ -151,12 +147,8 @@ def _groups(tree: Tree) -> dict[str, Group]:
             after = [parts[depth + 1 :] for parts in folders]
             return {s: Group(tree, r, [after[i][0] if after[i] else "" for i in r]) for s, r in rows.items()}
         if "train" in found and len(found) > 2:
-            stray = next(
-                m for m, p in zip(tree.members, folders, strict=True) if p[depth].lower() not in SPLIT_WORDS
-            )
-            raise InputError(
-                f"{tree.root}: {stray} lies outside the train and test folders; move it into one"
-            )
+            stray = next(m for m, p in zip(tree.members, folders, strict=True) if p[depth].lower() not in SPLIT_WORDS)
+            raise InputError(f"{tree.root}: {stray} lies outside the train and test folders; move it into one")
     common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
     every = range(len(folders))
     return {"train": Group(tree, every, [p[common] if len(p) > common else "" for p in folders])}
@@ -185,17 +177,13 @@ def _roles(path: Path, zips: Sequence[Path]) -> dict[str, Path]:
 
 def _classes(groups: Mapping[str, Group]) -> tuple[tuple[str, ...], dict[str, Indices]]:
     """Class names and labels from the metadata, or else from the class folders; else nothing."""
-    from_columns = class_labels(
-        {s: g.columns for s, g in groups.items()}, {s: g.names for s, g in groups.items()}
-    )
+    from_columns = class_labels({s: g.columns for s, g in groups.items()}, {s: g.names for s, g in groups.items()})
     if from_columns is not None:
         return from_columns
     classless = [n for g in groups.values() for n, f in zip(g.names, g.folders, strict=True) if not f]
     if classless:
         if any(f for g in groups.values() for f in g.folders):
-            raise InputError(
-                f"{classless[0]}: expected every image in a class folder, as others are; move it into one"
-            )
+            raise InputError(f"{classless[0]}: expected every image in a class folder, as others are; move it into one")
         return (), {}
     classes = sorted({f for g in groups.values() for f in g.folders})
     index = {name: k for k, name in enumerate(classes)}

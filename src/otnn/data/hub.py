@@ -29,17 +29,13 @@ def read_hub(repository: str, name: str) -> Source:
     found = {s: next((tables[n] for n in names if n in tables), None) for s, names in SPLITS.items()}
     splits = {split: table for split, table in found.items() if table is not None}
     if "train" not in splits:
-        raise InputError(
-            f"{repository}: expected a split train, got {', '.join(tables)}; take another data set"
-        )
+        raise InputError(f"{repository}: expected a split train, got {', '.join(tables)}; take another data set")
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     features = splits["train"].features
     pictures = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
     if not pictures:
-        raise InputError(
-            f"{repository}: expected a column of images, got {', '.join(features)}; take another one"
-        )
+        raise InputError(f"{repository}: expected a column of images, got {', '.join(features)}; take another one")
     # of several label columns, the one that is simply called label
     known = [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     column = min(known, key=lambda c: c != "label", default=None)

@@ -49,8 +49,7 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         size *= length
     if len(data) - header != size:
         raise InputError(
-            f"{path}: expected {size} values for shape {shape}, got {len(data) - header}; "
-            f"the file is damaged: {again}"
+            f"{path}: expected {size} values for shape {shape}, got {len(data) - header}; the file is damaged: {again}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
@@ -82,13 +81,10 @@ def read_idx_folder(folder: Path, name: str, classes: tuple[str, ...] = ()) -> S
                 f"{picture_file.name}, got {len(labels[split])}; fetch both again"
             )
         if images[split].size == 0:
-            raise InputError(
-                f"{picture_file}: expected images, got shape {images[split].shape}; fetch it again"
-            )
+            raise InputError(f"{picture_file}: expected images, got shape {images[split].shape}; fetch it again")
         if classes and labels[split].max() >= len(classes):
             raise InputError(
-                f"{label_file}: expected labels in 0..{len(classes) - 1}, got {labels[split].max()}; "
-                "fetch it again"
+                f"{label_file}: expected labels in 0..{len(classes) - 1}, got {labels[split].max()}; fetch it again"
             )
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise InputError(

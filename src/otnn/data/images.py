@@ -71,9 +71,7 @@ def _plain(image: Image.Image) -> Image.Image:
         top = 1.0 if image.mode == "F" else 65535.0
         # the negated form also catches NaN
         if not (values.min() >= 0 and values.max() <= top):
-            raise BrokenImageError(
-                f"expected pixels in [0, {top:g}], got [{values.min():g}, {values.max():g}]"
-            )
+            raise BrokenImageError(f"expected pixels in [0, {top:g}], got [{values.min():g}, {values.max():g}]")
         return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -98,9 +96,7 @@ def load_images(
     """
     channels, height, width = shape
     if channels not in (1, 3):
-        raise InputError(
-            f"expected a network of 1 or 3 channels to give it image files, got {channels} channels"
-        )
+        raise InputError(f"expected a network of 1 or 3 channels to give it image files, got {channels} channels")
     if not paths:
         raise InputError("expected at least one image file, got none; name one")
     arrays, names = [], []
@@ -110,9 +106,7 @@ def load_images(
         except BrokenImageError as error:
             if skip_broken:
                 continue
-            raise InputError(
-                f"{path} cannot be read as an image ({error}); repair it or leave it out"
-            ) from error
+            raise InputError(f"{path} cannot be read as an image ({error}); repair it or leave it out") from error
         image = Image.fromarray(array).convert("L" if channels == 1 else "RGB")
         arrays.append(np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1))
         names.append(str(path))

@@ -127,9 +127,7 @@ def _data_root(data_dir: Path | None) -> Path | None:
     root = Path(text).expanduser()
     if not root.is_dir():
         origin = "--data-dir" if given else ENVIRONMENT
-        raise InputError(
-            f"{origin}: expected a folder that holds the data sets, got {text}; correct the path"
-        )
+        raise InputError(f"{origin}: expected a folder that holds the data sets, got {text}; correct the path")
     return root
 
 
@@ -149,23 +147,15 @@ def _read_hub(repository: str, name: str) -> Source:
     return source
 
 
-def _check(
-    size: int | None, classes: Sequence[str] | None, target: str | None, validation_share: float
-) -> None:
+def _check(size: int | None, classes: Sequence[str] | None, target: str | None, validation_share: float) -> None:
     if size is not None and not SIZES[0] <= size <= SIZES[1]:
-        raise InputError(
-            f"size: expected {SIZES[0]} to {SIZES[1]} pixels, got {size}; choose one in that range"
-        )
+        raise InputError(f"size: expected {SIZES[0]} to {SIZES[1]} pixels, got {size}; choose one in that range")
     if classes is not None and target is not None:
         raise InputError("expected either classes or a target, got both; leave out --classes or --target")
     if isinstance(classes, str):
-        raise InputError(
-            f"classes: expected a list of names, got the text {classes!r}; split it at the commas"
-        )
+        raise InputError(f"classes: expected a list of names, got the text {classes!r}; split it at the commas")
     if not 0 < validation_share <= 0.5:
-        raise InputError(
-            f"validation_share: expected a share in (0, 0.5], got {validation_share:g}; 0.1 keeps a tenth"
-        )
+        raise InputError(f"validation_share: expected a share in (0, 0.5], got {validation_share:g}; 0.1 keeps a tenth")
 
 
 def _samples(source: Source, labels: dict[str, Indices], names: tuple[str, ...]) -> dict[str, Samples]:
@@ -188,11 +178,7 @@ def _restrict(samples: Samples, chosen: list[int]) -> Samples:
 
 
 def _check_classes(labels: Indices, names: tuple[str, ...], split: str, source: str) -> None:
-    missing = [
-        name
-        for name, count in zip(names, np.bincount(labels, minlength=len(names)), strict=True)
-        if not count
-    ]
+    missing = [name for name, count in zip(names, np.bincount(labels, minlength=len(names)), strict=True) if not count]
     if missing:
         raise InputError(
             f"{source}: expected every class in the {split} split, found none of {listing(missing)}; "
@@ -224,9 +210,7 @@ def _dataset(
         rows_of |= {"train": kept, "validation": held}
         origin["validation"] = "train"
     splits = {
-        split: Split(
-            _floats(pixels[of][rows_of[split], :channels]), torch.from_numpy(labels[of][rows_of[split]])
-        )
+        split: Split(_floats(pixels[of][rows_of[split], :channels]), torch.from_numpy(labels[of][rows_of[split]]))
         for split, of in origin.items()
     }
     return Dataset(name, names, splits["train"], splits["validation"], splits["test"], tuple(broken))

@@ -90,8 +90,7 @@ class Files:
                     except BrokenImageError as error:
                         if not skip_broken:
                             raise InputError(
-                                f"{name} cannot be read as an image ({error}); "
-                                "repair it, or skip it with --skip-broken"
+                                f"{name} cannot be read as an image ({error}); repair it, or skip it with --skip-broken"
                             ) from error
                         fine[row] = False
                     else:

@@ -70,9 +70,7 @@ def choose(names: tuple[str, ...], classes: Sequence[str]) -> list[int]:
         else:
             raise InputError(f"unknown class {wanted!r}{_hint(text, names)}; choose among {listing(names)}")
         if index in chosen:
-            raise InputError(
-                f"class {wanted!r} is given twice; name each class once, out of {listing(names)}"
-            )
+            raise InputError(f"class {wanted!r} is given twice; name each class once, out of {listing(names)}")
         chosen.append(index)
     if len(chosen) < 2:
         raise InputError(
@@ -91,8 +89,7 @@ def _attribute(source: Source, target: str) -> dict[str, Indices]:
     empty = sum(map(is_missing, cells))
     if empty:
         raise InputError(
-            f"attribute {target!r} is empty for {empty} of {len(cells)} images; "
-            "fill it in or delete their rows"
+            f"attribute {target!r} is empty for {empty} of {len(cells)} images; fill it in or delete their rows"
         )
     joint = binary(cells)
     if joint is None:
@@ -107,9 +104,7 @@ def _attribute(source: Source, target: str) -> dict[str, Indices]:
 
 def _attributes(parts: Mapping[str, Part]) -> list[str]:
     """Names of the columns that are binary in all splits together."""
-    everywhere = [
-        name for name in next(iter(parts.values())).columns if all(name in p.columns for p in parts.values())
-    ]
+    everywhere = [name for name in next(iter(parts.values())).columns if all(name in p.columns for p in parts.values())]
     cells = {name: [value for p in parts.values() for value in p.columns[name]] for name in everywhere}
     return [name for name in everywhere if name not in CLASS_COLUMNS and binary(cells[name]) is not None]
 

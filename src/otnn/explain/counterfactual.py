@@ -136,8 +136,7 @@ def counterfactual(
         )
 
 
-def _bisect(
-    potential_at: Callable[[Tensor, Tensor], Tensor], potential: Tensor, movable: Tensor) -> Tensor:
+def _bisect(potential_at: Callable[[Tensor, Tensor], Tensor], potential: Tensor, movable: Tensor) -> Tensor:
     """The sign-changed end of a bisection along each ray; NaN where the sign does not change in reach.
 
     The potential is 1-Lipschitz, so it cannot change sign before a length of g(x): the search starts there.
@@ -185,7 +184,8 @@ def _status(own: Tensor, rival: Tensor, potential: Tensor, norm: Tensor, found: 
 
 
 def _norm(images: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(images.flatten(1), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norm
 
 
 def _spread(values: Tensor, images: Tensor) -> Tensor:

@@ -321,9 +321,8 @@ def _priors(one_hot: Tensor, priors: Tensor | None) -> Tensor:
         if bool((priors == 0).any()):
             raise InputError("a class is missing from the batch; give priors=, the shares of the classes")
     if priors.shape != one_hot.shape[1:] or not bool(((priors > 0) & (priors < 1)).all()):
-        raise InputError(
-            f"priors: expected {one_hot.shape[1]} shares in (0, 1), got {[round(float(p), 4) for p in priors.flatten()]}"
-        )
+        given = [round(p, 4) for p in priors.flatten().tolist()]
+        raise InputError(f"priors: expected {one_hot.shape[1]} shares in (0, 1), got {given}")
     return priors
 
 

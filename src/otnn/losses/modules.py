@@ -26,6 +26,16 @@ class Loss(nn.Module):
         """Return the scalar loss of a batch."""
         raise NotImplementedError
 
+    def warn_at_zero_margin(self) -> None:
+        """Warn where a learned margin has come to rest at 0; call it at the end of training."""
+        margin = getattr(self, "margin", None)
+        if isinstance(margin, nn.Parameter) and bool((margin == 0).any()):
+            warnings.warn(
+                "a learned margin is 0: the classes overlap by more than alpha, or the hinge weight is small; "
+                "raise alpha or fix the margin",
+                stacklevel=2,
+            )
+
 
 class _RunningMean(nn.Module):
     """Exponential mean of batch values, bias-corrected, at rest in `eval()`, equal on all processes."""
@@ -71,15 +81,6 @@ class _MarginLoss(Loss):
                 raise InputError("expected margin= for a fixed margin or alpha= for a learned one, got both")
             L._check_margin(torch.as_tensor(margin))
             self.register_buffer("margin", torch.as_tensor(margin, dtype=torch.float32))
-
-    def warn_at_zero(self) -> None:
-        """Warn where a learned margin has come to rest at 0 (call it at the end of training)."""
-        if self.manifolds and bool((self.margin == 0).any()):
-            warnings.warn(
-                "a learned margin is 0: the classes overlap by more than alpha, or the hinge weight is small; "
-                "raise alpha or fix the margin",
-                stacklevel=2,
-            )
 
 
 class KRLoss(Loss):

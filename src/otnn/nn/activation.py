@@ -1,5 +1,6 @@
 """Activations that keep the norm of the gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ def maxmin(inputs: Tensor, dim: int = 1) -> Tensor:
         raise InputError(f"MaxMin sorts pairs: expected an even size along dimension {dim}, got {inputs.shape[dim]}")
     if not (inputs.requires_grad and torch.is_grad_enabled()):
         return _sort_pairs(inputs, dim)
-    result: Tensor = _MaxMin.apply(inputs, dim)[0]
-    return result
+    return _differentiable_maxmin(inputs, dim)[0]
 
 
 class MaxMin(nn.Module):
@@ -79,13 +79,13 @@ class _MaxMin(torch.autograd.Function):
         ctx.dim = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return _Swap.apply(gradient, kept, ctx.dim), None
+        return _swap(gradient, kept, ctx.dim), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, dim: int) -> tuple[Any, Any]:
-        return _MaxMin.apply(inputs.movedim(in_dims[0], 0), _shift(dim)), (0, 0)
+        return _differentiable_maxmin(inputs.movedim(in_dims[0], 0), _shift(dim)), (0, 0)
 
 
 class _Swap(torch.autograd.Function):
@@ -109,9 +109,9 @@ class _Swap(torch.autograd.Function):
         ctx.dim = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        return _Swap.apply(gradient, kept, ctx.dim), None, None
+        return _swap(gradient, kept, ctx.dim), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, kept: Tensor, dim: int) -> tuple[Tensor, int]:
@@ -119,4 +119,8 @@ class _Swap(torch.autograd.Function):
             x.unsqueeze(0).expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
             for x, d in zip((inputs, kept), in_dims, strict=False)
         ]
-        return _Swap.apply(*batched, _shift(dim)), 0
+        return _swap(*batched, _shift(dim)), 0
+
+
+_differentiable_maxmin: Callable[[Tensor, int], tuple[Tensor, Tensor]] = _MaxMin.apply
+_swap: Callable[..., Tensor] = _Swap.apply

@@ -9,12 +9,13 @@ from otnn.manifold import Manifold, Stiefel
 
 
 class OrthoConv2d(nn.Module):
-    """Drop-in for `torch.nn.Conv2d` that is orthogonal as an operator on images, not only as a reshaped matrix.
+    """Drop-in for `torch.nn.Conv2d` that is orthogonal as an operator on images, not as a reshaped matrix.
 
     The kernel of size k and stride s is composed from three exactly orthogonal maps whose factors live on the Stiefel
     manifold (BCOP, Li et al. 2019; with stride, AOC, Boissin et al. 2025):
 
-    1. `expand`, a 1x1 isometry from in_channels to c = max(in_channels, out_channels // s^2), absent if c = in_channels;
+    1. `expand`, a 1x1 isometry from in_channels to c = max(in_channels, out_channels // s^2), absent
+       if c = in_channels;
     2. 2 (k - s) two-tap filters [P, I - P], alternately along width and height, with orthogonal projectors
        P = U U^T of rank c // 2 from `projectors`: each is orthogonal at every frequency;
     3. `mix`, a semi-orthogonal matrix from c s^2 channels of an s x s block to out_channels, absent if s = 1 and
@@ -105,16 +106,16 @@ class OrthoConv2d(nn.Module):
         s = self.stride
         inner = self.projectors.shape[1]
         if self.mix is None:
-            kernel = torch.eye(inner, device=self.projectors.device, dtype=self.projectors.dtype).view(1, 1, inner, inner)
+            kernel = torch.eye(inner, device=self.projectors.device, dtype=self.projectors.dtype).view(
+                1, 1, inner, inner
+            )
         else:
             kernel = self.mix.view(self.out_channels, inner, s, s).permute(2, 3, 0, 1)
         # kernel: (height, width, out_channels, inner), multiplied from the right by one two-tap filter at a time
         for index, frame in enumerate(self.projectors):
-            along_height = index % 2
-            left, right = ((0, 0, 0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 0, 1, 0))
-            if not along_height:
-                left, right = ((0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 1, 0))
-            here, there = F.pad(kernel, left), F.pad(kernel, right)
+            # padding is given from the last dimension: two of channels, then the width, then the height
+            skipped = [0, 0, 0, 0] if index % 2 == 0 else [0, 0, 0, 0, 0, 0]
+            here, there = F.pad(kernel, [*skipped, 0, 1]), F.pad(kernel, [*skipped, 1, 0])
             if index // 2 % 2:  # ranks alternate between floor and ceil, so that the kernel stays centred
                 here, there = there, here
             kernel = here + ((there - here) @ frame) @ frame.mT
@@ -146,9 +147,7 @@ class OrthoConv2d(nn.Module):
                     f"padding <= {(self.kernel_size - 1) // 2}"
                 )
             if self.kernel_size > size:
-                raise InputError(
-                    f"circular padding expects images of at least {self.kernel_size} pixels, got {size}"
-                )
+                raise InputError(f"circular padding expects images of at least {self.kernel_size} pixels, got {size}")
 
     def extra_repr(self) -> str:
         """Tell the sizes in torch's order."""

@@ -56,8 +56,8 @@ class OrthoLinear(_ManifoldLinear):
 class UnitNormLinear(_ManifoldLinear):
     """Drop-in for `torch.nn.Linear` whose rows have Euclidean norm 1: each output is 1-Lipschitz by itself.
 
-    As a head it leaves every class its own direction: no orthogonality between classes is asked for, and the certificate
-    divides by the true distance of the rows (theory, section 4).
+    As a head it leaves every class its own direction: no orthogonality between classes is asked for, and the
+    certificate divides by the true distance of the rows (theory, section 4).
 
     Shapes: (batch, in_features) to (batch, out_features).
 
@@ -76,7 +76,8 @@ class UnitNormLinear(_ManifoldLinear):
 class Centering(nn.Module):
     """Subtract a fixed mean from the input, channel by channel: Lipschitz constant 1.
 
-    Dividing by a standard deviation as well would raise the constant to 1 / std, so the default input layer only centres.
+    Dividing by a standard deviation as well would raise the constant to 1 / std, so the default input layer only
+    centres.
 
     Shapes: (batch, channels, ...) to the same.
 

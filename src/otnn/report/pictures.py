@@ -32,7 +32,7 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
         twin = classes[int(arrays["unconstrained_prediction"][0])]
         maps[f"saliency, unconstrained\n({_plain(twin)})"] = arrays["unconstrained_saliency"][0]
     figure = Figure(figsize=(12, 6.2), layout="constrained", dpi=110)
-    rows = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    rows: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     top = rows[0].subplots(1, 2 + len(maps), width_ratios=(*[1] * (1 + len(maps)), 1.7))
     _show(top[0], image, f"{_plain(prediction)}\ncertified radius {radius:.3f}")
     scaled = {name: _unit(values).mean(axis=0) for name, values in maps.items()}
@@ -51,7 +51,9 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
         side = prediction if arrays["potential"][0][k] > 0 else target
         _show(axes, path[k], f"t = {lengths[k]:.3f}\n{_plain(side) if status == 'ok' else ''}")
     ending = f"boundary at {end:.3f}, tightness {radius / end:.3f}" if status == "ok" else str(status)
-    rows[1].suptitle(f"the way to {_plain(target)}: x - t u (clipped to [0, 1] for display); {_plain(ending)}", fontsize=11)
+    rows[1].suptitle(
+        f"the way to {_plain(target)}: x - t u (clipped to [0, 1] for display); {_plain(ending)}", fontsize=11
+    )
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

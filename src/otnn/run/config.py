@@ -128,7 +128,9 @@ class Config:
         if training.batch_size < 2:
             raise InputError("training.batch_size: expected at least 2, got 1: batch normalisation needs two samples")
         if self.loss.margin is None and self.loss.alpha is None and self.loss.name != "cross_entropy":
-            raise InputError("loss: expected margin, or alpha for a learned margin, got neither; use --set loss.margin=0.5")
+            raise InputError(
+                "loss: expected margin, or alpha for a learned margin, got neither; use --set loss.margin=0.5"
+            )
 
 
 def presets() -> list[str]:

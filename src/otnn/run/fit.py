@@ -86,7 +86,7 @@ def fit(
     if batch_size < 2 * world():
         raise InputError(f"expected at least {2 * world()} training images, got {len(train)}")
     memory_format = torch.channels_last if any(p.ndim == 4 for p in _weights(model)) else torch.contiguous_format
-    model.to(memory_format=memory_format)
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
     objective: nn.Module = Objective(model, loss)
     parallel = DistributedDataParallel(objective) if world() > 1 else objective
     parameters = [p for p in objective.parameters() if p.requires_grad]

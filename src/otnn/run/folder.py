@@ -6,7 +6,6 @@
 `manifest.json` is written last: a folder without it is half-written.
 """
 
-import json
 import os
 import shutil
 import tomllib
@@ -106,14 +105,16 @@ def open_run(path: Path) -> Run:
         )
     try:
         checksums = dict(manifest["files"])
-        manifest["model"]["classes"], manifest["model"]["input_shape"]  # noqa: B018
+        manifest["model"]["classes"], manifest["model"]["input_shape"]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{file}: damaged; train again") from None
     for name, checksum in checksums.items():
         if not (path / name).is_file():
             raise InputError(f"{path}: half-written: {name} is missing; train again")
         if name.startswith("networks/") and sha256(path / name) != checksum:
-            raise InputError(f"{path / name}: its SHA-256 differs from the manifest's: the file was changed; train again")
+            raise InputError(
+                f"{path / name}: its SHA-256 differs from the manifest's: the file was changed; train again"
+            )
     try:
         config = from_mapping(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

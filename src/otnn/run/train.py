@@ -68,7 +68,12 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             constrained = name == "otnn"
             torch.manual_seed(config.seed)
             model = build(
-                config.model.architecture, shape, len(dataset.classes), widths=widths, mean=mean, constrained=constrained
+                config.model.architecture,
+                shape,
+                len(dataset.classes),
+                widths=widths,
+                mean=mean,
+                constrained=constrained,
             ).to(place)
             loss = make_loss(config.loss, dataset.shares) if constrained else twin_loss(dataset.shares)
             begin = time.perf_counter()
@@ -132,7 +137,7 @@ def train_network(
             on_epoch=on_epoch,
         )
     if isinstance(loss, losses.Loss):
-        loss.warn_at_zero()
+        loss.warn_at_zero_margin()
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -158,7 +163,9 @@ def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
     if name == "auto":
         name = "hkr" if len(shares) == 2 else "soft_hkr"
     if (name == "hkr") != (len(shares) == 2):
-        raise InputError(f"loss.name: {name} does not fit {len(shares)} classes; expected hkr for two, another for more")
+        raise InputError(
+            f"loss.name: {name} does not fit {len(shares)} classes; expected hkr for two, another for more"
+        )
     common: dict[str, Any] = {"margin": config.margin, "hinge_weight": config.hinge_weight, "alpha": config.alpha}
     if name == "hkr":
         return losses.HKRLoss(**common, prior=float(shares[1]), balanced=unbalanced(shares))
@@ -174,9 +181,7 @@ def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
         )
     if name == "cross_entropy":
         return losses.TemperatureCrossEntropyLoss(config.temperature)
-    raise InputError(
-        f"loss.name: expected auto, hkr, one_vs_all_hkr, soft_hkr or cross_entropy, got {config.name!r}"
-    )
+    raise InputError(f"loss.name: expected auto, hkr, one_vs_all_hkr, soft_hkr or cross_entropy, got {config.name!r}")
 
 
 class _BinaryCrossEntropy(nn.BCEWithLogitsLoss):
@@ -215,7 +220,7 @@ def tune_threshold(model: Classifier, validation: Split) -> None:
     balanced = above[:, positive].double().mean(dim=1) + (~above[:, ~positive]).double().mean(dim=1)
     best = (balanced >= balanced.max() - 1e-12).nonzero().squeeze(1)
     chosen = thresholds[best[len(best) // 2]]
-    model.head.bias -= chosen.to(model.head.bias)
+    model.head.bias.sub_(chosen.to(model.head.bias))
 
 
 def measure(model: Classifier, dataset: Dataset) -> dict[str, Any]:
