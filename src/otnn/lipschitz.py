@@ -42,7 +42,9 @@ def bound(module: nn.Module) -> LipschitzBound:
         >>> 0.99999 < bound(nn.Sequential(OrthoLinear(8, 4), MaxMin(), nn.Linear(4, 1))[:2]).constant < 1.00001
         True
     """
-    children = list(module.named_modules()) if isinstance(module, nn.Sequential) else [("", module)]
+    # a layer that is applied twice counts twice
+    sequential = isinstance(module, nn.Sequential)
+    children = list(module.named_modules(remove_duplicate=False)) if sequential else [("", module)]
     layers = []
     for name, layer in children:
         if isinstance(layer, nn.Sequential):
@@ -62,14 +64,19 @@ def matrix_bound(matrix: Tensor) -> float:
 
     Near orthogonality 1 + ||G - I||_F bounds the square, G the Gram matrix of the short side; elsewhere its largest
     eigenvalue, in float64.
+
+    Raises:
+        InputError: a value that is not finite.
     """
     wide = matrix.detach().double()
+    scale = _scale(wide)
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
     gram = wide @ wide.T
     excess = float(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
     if excess < 1e-4:
         return math.sqrt(1 + excess)
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
+    wide = wide / scale  # no square overflows or vanishes
+    return scale * math.sqrt(max(0.0, float(torch.linalg.eigvalsh(wide @ wide.T)[-1])))
 
 
 def convolution_bound(kernel: Tensor, stride: int = 1) -> float:
@@ -82,8 +89,12 @@ def convolution_bound(kernel: Tensor, stride: int = 1) -> float:
     Args:
         kernel: (out_channels, in_channels, height, width).
         stride: of both directions.
+
+    Raises:
+        InputError: a value that is not finite.
     """
     kernel = kernel.detach().double()
+    scale = _scale(kernel)
     if stride > 1:
         out_channels, in_channels, height, width = kernel.shape
         rows, columns = -(-height // stride), -(-width // stride)
@@ -101,14 +112,15 @@ def convolution_bound(kernel: Tensor, stride: int = 1) -> float:
     near = math.sqrt(float(torch.linalg.matrix_norm(_correlate(excess, excess), dim=(0, 1)).sum()))
     if near < 1e-4:
         return math.sqrt(1 + near)
+    gram = _correlate(kernel / scale, kernel / scale)
     logarithm, power = 0.0, 1.0
     for _ in range(_SQUARINGS):
-        scale = float(gram.abs().max()) or 1.0
-        gram, power = gram / scale, power * 2
-        logarithm = 2 * (logarithm + math.log(scale))
+        largest = float(gram.abs().max()) or 1.0
+        gram, power = gram / largest, power * 2
+        logarithm = 2 * (logarithm + math.log(largest))
         gram = _correlate(gram, gram)
     rows_sum = float(gram.abs().sum(dim=(1, 2, 3)).max())
-    return math.exp((logarithm + math.log(rows_sum)) / (2 * power)) if rows_sum > 0 else 0.0
+    return scale * math.exp((logarithm + math.log(rows_sum)) / (2 * power)) if rows_sum > 0 else 0.0
 
 
 @singledispatch
@@ -141,6 +153,14 @@ def _require_finite(layer: nn.Module) -> None:
     for name, parameter in layer.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name} holds NaN or infinite values; train again with a lower learning rate")
+
+
+def _scale(weight: Tensor) -> float:
+    """The largest absolute value, 1 for zeros: dividing by it keeps squares within float64."""
+    scale = float(weight.abs().max())
+    if not math.isfinite(scale):
+        raise InputError("the weight holds NaN or infinite values; train again with a lower learning rate")
+    return scale or 1.0
 
 
 def _correlate(first: Tensor, second: Tensor) -> Tensor:

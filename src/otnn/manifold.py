@@ -179,7 +179,7 @@ def retract_parameters(module: nn.Module) -> None:
         manifold = members[0][2]
         try:
             if kind is Stiefel:
-                flat = [p.view(-1, *p.shape[-2:]) for _, p, _ in members]
+                flat = [p.view(p.shape[:-2].numel(), *p.shape[-2:]) for _, p, _ in members]
                 wide = [f if f.shape[-2:] == shape else f.mT for f in flat]
                 retracted = manifold.retract(torch.cat(wide) if len(wide) > 1 else wide[0])
                 for target, result in zip(wide, retracted.split([len(f) for f in flat]), strict=True):

@@ -38,7 +38,7 @@ def kr(scores: Tensor, labels: Tensor, *, prior: float | None = None, center: Ma
         tensor(-2.)
     """
     scores, positive, prior = _binary(scores, labels, prior)
-    weight = torch.where(positive, 1 / prior, -1 / (1 - prior))
+    weight = torch.full_like(scores, 1 / prior).where(positive, -1 / (1 - prior))
     return -(weight * (scores - center)).mean()
 
 
@@ -261,8 +261,10 @@ def resolve_hinge_weight(hinge_weight: float | None, alpha: float | None) -> flo
     """Return lambda: as given, or 1/alpha.
 
     Raises:
-        InputError: neither is given, or lambda is negative or not finite.
+        InputError: neither is given, alpha is not positive, or lambda is negative or not finite.
     """
+    if alpha is not None and not alpha > 0:
+        raise InputError(f"alpha: expected a share > 0 of the data inside the margin, got {alpha}")
     if hinge_weight is None:
         if alpha is None:
             raise InputError("expected hinge_weight, or alpha (the hinge weight then is 1/alpha), got neither")

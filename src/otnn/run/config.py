@@ -181,7 +181,8 @@ def load(
         raise InputError(f"preset: expected one of {', '.join(presets())}, got {preset!r}")
     text = (resources.files("otnn.run") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
     result = tomllib.loads(text)
-    if "alpha" in changes.get("loss", {}) and "margin" not in changes["loss"]:
+    loss = changes.get("loss")
+    if isinstance(loss, dict) and "alpha" in loss and "margin" not in loss:
         # alpha asks for a learned margin: the preset's fixed one gives way, and its hinge weight with it
         for name in ("margin", "hinge_weight"):
             result.get("loss", {}).pop(name, None)

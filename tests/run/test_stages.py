@@ -1,0 +1,142 @@
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from otnn.certify import certify
+from otnn.errors import InputError
+from otnn.lipschitz import bound
+from otnn.run.certify import certify_run
+from otnn.run.explain import choose_gallery, class_index, explain_files, explain_gallery
+from otnn.run.folder import Run, open_run
+from otnn.run.train import load_dataset
+
+
+def test_certify_writes_the_same_figures_everywhere(run: Run) -> None:
+    figures = certify_run(run)
+    arrays = np.load(run.path / "certificates.npz", allow_pickle=False)
+    right = arrays["label"] == arrays["prediction"]
+    for radius, share in figures["certified_accuracy"].items():
+        assert share == pytest.approx((right & (arrays["radius"] >= float(radius))).mean())
+    assert figures["mean_radius"] == pytest.approx((arrays["radius"] * right).mean())
+    assert figures["certified_accuracy"]["0"] == pytest.approx(run.results()["otnn"]["accuracy"])
+    assert figures["certified_accuracy"]["5"] == 0
+    with (run.path / "certificates.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["radius"]) for row in rows] == arrays["radius"].tolist()
+    assert [row["right"] for row in rows] == [str(int(value)) for value in right]
+    assert run.results()["otnn"]["mean_radius"] == figures["mean_radius"]
+
+
+def test_the_gallery_agrees_with_the_networks(run: Run) -> None:
+    explain_gallery(run)
+    gallery = np.load(run.path / "explanations.npz", allow_pickle=False)
+    dataset = load_dataset(run.config.data)
+    assert torch.equal(torch.tensor(gallery["images"]), dataset.test.images[gallery["index"]])
+    assert gallery["label"].tolist() == dataset.test.labels[gallery["index"]].tolist()
+    assert set(gallery["label"]) == set(range(10))
+    model = run.network("otnn")
+    certificate = certify(model, torch.tensor(gallery["images"]), bound(model.body))
+    assert gallery["radius"] == pytest.approx(certificate.radius.numpy(), abs=1e-5)
+    ok = gallery["status"] == "ok"
+    assert ok.mean() > 0.5
+    # along the path: positive before the boundary, not after it; it ends at twice the boundary
+    assert (gallery["potential"][ok, 0] > 0).all()
+    assert (gallery["potential"][ok, -1] <= 1e-9).all()
+    assert gallery["distances"][ok, -1] == pytest.approx(2 * gallery["boundary_distance"][ok])
+    assert ((gallery["tightness"][ok] > 0) & (gallery["tightness"][ok] <= 1)).all()
+    moved = np.linalg.norm((gallery["path"][:, -1] - gallery["images"]).reshape(len(ok), -1), axis=1)
+    assert moved == pytest.approx(gallery["distances"][:, -1], rel=1e-5)
+
+
+def test_the_gallery_shows_errors_where_there_are_any(run: Run) -> None:
+    dataset = load_dataset(run.config.data)
+    index = choose_gallery(run, dataset.test, 20)
+    assert len(set(index.tolist())) == 20
+    prediction = certify(run.network("otnn"), dataset.test.images, bound(run.network("otnn").body)).prediction
+    assert (prediction[index] != dataset.test.labels[index]).any()
+
+
+def test_explain_files_writes_pictures_and_arrays(run: Run, tmp_path: Path) -> None:
+    dataset = load_dataset(run.config.data)
+    for folder, k in (("a", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        pixels = (dataset.test.images[k, 0] * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / folder / "digit.png")
+    files = [tmp_path / "a" / "digit.png", tmp_path / "b" / "digit.png"]
+    rows = explain_files(run, files, target="3", out=tmp_path / "out")
+    assert [Path(row["picture"]).name for row in rows] == ["digit.png", "digit-2.png"]
+    for row in rows:
+        with Image.open(row["picture"]) as picture:
+            assert picture.size[0] > 1000
+        assert row["target"] == "3"
+    arrays = np.load(tmp_path / "out" / "digit.npz", allow_pickle=False)
+    assert arrays["images"].shape == (1, 1, 8, 8)
+    assert arrays["images"][0, 0] == pytest.approx(dataset.test.images[0, 0].numpy(), abs=1 / 255)
+    # the radius is that of the prediction, whatever target the path was asked to reach
+    model = run.network("otnn")
+    assert arrays["radius"] == pytest.approx(
+        certify(model, torch.tensor(arrays["images"]), bound(model.body)).radius.numpy(), abs=1e-5
+    )
+
+
+def test_a_target_that_is_the_prediction_is_told_for_that_image_only(run: Run, tmp_path: Path) -> None:
+    dataset = load_dataset(run.config.data)
+    files = []
+    for k in range(6):
+        files.append(tmp_path / f"{k}.png")
+        Image.fromarray((dataset.test.images[k, 0] * 255).round().byte().numpy()).save(files[-1])
+    first = explain_files(run, files)
+    rows = explain_files(run, files, target=first[0]["prediction"])
+    assert rows[0]["status"] == "the target is the predicted class already"
+    assert any(row["status"] == "ok" for row in rows)
+
+
+def test_an_unknown_class_is_named(run: Run) -> None:
+    assert class_index(run.classes, "7") == 7
+    with pytest.raises(InputError, match="--target cat: no such class; expected one of 0, 1, 2"):
+        class_index(run.classes, "cat")
+
+
+def damage(run: Run, what: str) -> None:
+    manifest = run.path / "manifest.json"
+    weights = run.path / "networks" / "otnn.safetensors"
+    if what == "missing":
+        shutil.rmtree(run.path)
+    elif what == "no manifest":
+        manifest.unlink()
+    elif what == "other version":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    elif what == "manifest cut":
+        manifest.write_text(manifest.read_text()[:50])
+    elif what == "network missing":
+        weights.unlink()
+    elif what == "one bit":
+        content = bytearray(weights.read_bytes())
+        content[-100] ^= 1
+        weights.write_bytes(bytes(content))
+    elif what == "config cut":
+        (run.path / "config.toml").write_text("[data")
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("missing", "no such run folder; make one with `otnn train"),
+        ("no manifest", "manifest.json is missing"),
+        ("other version", "written in run format 99"),
+        ("manifest cut", "manifest.json: cannot be read"),
+        ("network missing", "half-written: networks/otnn.safetensors is missing"),
+        ("one bit", "its SHA-256 differs"),
+        ("config cut", "config.toml: cannot be read"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused_with_the_reason(run: Run, what: str, text: str) -> None:
+    damage(run, what)
+    with pytest.raises(InputError, match=text):
+        open_run(run.path)

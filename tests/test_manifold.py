@@ -1,0 +1,365 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from otnn.losses import HKRLoss, SoftHKRLoss
+from otnn.manifold import (
+    NonNegative,
+    Stiefel,
+    UnitRows,
+    constrained_parameters,
+    keep_on_manifold,
+    retract_parameters,
+)
+from otnn.nn import MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+
+SHAPES = [(3, 5), (5, 3), (4, 4), (1, 7), (7, 1), (1, 1), (2, 3, 6), (2, 6, 3), (2, 2, 4, 4)]
+# ||G - I||_F of an orthogonal matrix rounded to its dtype: a few units in the last place times the root of its rows
+ON_MANIFOLD = {torch.float32: 5e-6, torch.float64: 1e-14}
+
+stiefel = Stiefel()
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def polar(point: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(point.double(), full_matrices=False)
+    return u @ vh
+
+
+# --- Stiefel: the retraction -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("noise", "tolerance"), [(1e-6, 1e-12), (1e-2, 1e-12), (0.1, 1e-12), (3.0, 1e-10)])
+def test_retract_is_the_polar_factor(shape: tuple[int, ...], noise: float, tolerance: float) -> None:
+    # far from the manifold the polar factor itself amplifies rounding by 1 / sigma_min: hence the wider tolerance
+    point = polar(gaussian(*shape)) + noise * gaussian(*shape, seed=1)
+    assert (stiefel.retract(point) - polar(point)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_retract_is_the_polar_factor_in_float32(shape: tuple[int, ...]) -> None:
+    point = (polar(gaussian(*shape)) + 0.05 * gaussian(*shape, seed=1)).float()
+    retracted = stiefel.retract(point)
+    assert retracted.dtype == torch.float32
+    assert (retracted - polar(point)).abs().max() < 2e-6  # 16 units in the last place of 1
+    assert stiefel.distance(retracted).max() < ON_MANIFOLD[torch.float32]
+
+
+@pytest.mark.parametrize("excess", [0.4999, 0.5001])
+def test_both_sides_of_the_switch_to_the_exact_factor_agree(excess: float) -> None:
+    point = polar(gaussian(4, 6)) * math.sqrt(1 + excess / 2)  # ||G - I||_F = excess/2 * sqrt(4)
+    assert float(stiefel.distance(point)) == pytest.approx(excess, rel=1e-12)
+    assert (stiefel.retract(point) - polar(point)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_points_on_the_manifold_stay(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    point = polar(gaussian(*shape)).to(dtype)
+    assert (stiefel.retract(point) - point).abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_points_stay_bit_for_bit(dtype: torch.dtype) -> None:
+    signed_permutation = torch.tensor([[0, -1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]], dtype=dtype)
+    for point in (torch.eye(5, dtype=dtype), signed_permutation, signed_permutation.mT):
+        assert torch.equal(stiefel.retract(point), point)
+
+
+def test_the_closest_point_of_a_diagonal_matrix_is_its_signs() -> None:
+    point = torch.diag(torch.tensor([3.0, -1e-3, 0.2], dtype=torch.float64))
+    assert torch.allclose(stiefel.retract(point), torch.diag(torch.tensor([1.0, -1.0, 1.0]).double()), atol=1e-14)
+
+
+def nuclear_gap(point: Tensor, retracted: Tensor) -> float:
+    """(||A||_* - <A, Q>) / ||A||_*: 0 exactly for polar factors, unique or not (rank deficiency)."""
+    scaled = point.double() / point.double().abs().max()
+    nuclear = torch.linalg.svdvals(scaled).sum()
+    return float((nuclear - (scaled * retracted.double()).sum()) / nuclear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [4, 6, 9])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_rank_deficient_matrices_reach_the_manifold(rows: int, rank: int, dtype: torch.dtype) -> None:
+    point = (gaussian(rows, rank) @ gaussian(rank, 6, seed=1)).to(dtype)
+    retracted = stiefel.retract(point)
+    assert stiefel.distance(retracted) < ON_MANIFOLD[dtype]
+    assert abs(nuclear_gap(point, retracted)) < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_reaches_the_manifold(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert stiefel.distance(stiefel.retract(torch.zeros(shape, dtype=dtype))).max() < ON_MANIFOLD[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-5, 0.5, 2.0, 1e5, 1e30, 1e37])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_scale_does_not_matter(shape: tuple[int, int], scale: float) -> None:
+    point = gaussian(*shape)
+    assert (stiefel.retract(scale * point) - polar(point)).abs().max() < 1e-12
+    # the float32 rounding of the point itself moves its factor by eps / sigma_min
+    assert (stiefel.retract((scale * point).float()) - polar(point)).abs().max() < 1e-5
+
+
+def test_float64_extremes() -> None:
+    for scale in (1e-300, 1e300):
+        assert (stiefel.retract(scale * gaussian(3, 5)) - polar(gaussian(3, 5))).abs().max() < 1e-12
+
+
+def test_a_batch_of_all_kinds_is_retracted_one_by_one() -> None:
+    near = polar(gaussian(3, 5))
+    batch = torch.stack([near, near + 0.01, torch.zeros(3, 5).double(), 1e30 * near, 1e-30 * near, gaussian(3, 5)])
+    together = stiefel.retract(batch)
+    alone = torch.stack([stiefel.retract(point) for point in batch])
+    assert (together - alone).abs().max() < 1e-13
+    assert stiefel.distance(together).shape == (6,)
+    assert stiefel.distance(together).max() < 1e-14
+    assert torch.equal(batch[1], near + 0.01)  # the argument is left alone
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0), (2, 0, 3)])
+def test_nothing_to_retract(shape: tuple[int, ...]) -> None:
+    assert stiefel.retract(torch.empty(shape)).shape == shape
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_values_are_refused(bad: float) -> None:
+    point = polar(gaussian(2, 3, 5))
+    point[1, 0, 0] = bad
+    for manifold in (stiefel, UnitRows(), NonNegative()):
+        with pytest.raises(FloatingPointError, match="a value is NaN or infinite"):
+            manifold.retract(point)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    rows=st.integers(1, 7),
+    columns=st.integers(1, 7),
+    exponent=st.integers(-30, 30),
+    rank=st.integers(1, 7),
+    double=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_finite_matrix_is_retracted(
+    rows: int, columns: int, exponent: int, rank: int, double: bool, seed: int
+) -> None:
+    dtype = torch.float64 if double else torch.float32
+    point = (gaussian(rows, rank, seed=seed) @ gaussian(rank, columns, seed=seed + 1) * 10.0**exponent).to(dtype)
+    retracted = stiefel.retract(point)
+    assert stiefel.distance(retracted) < ON_MANIFOLD[dtype]
+    assert abs(nuclear_gap(point, retracted)) < 20 * torch.finfo(dtype).eps
+    assert (stiefel.retract(retracted) - retracted).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+def test_distance_by_hand() -> None:
+    point = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]])  # G - I = diag(3, -3/4)
+    for lying in (point, point.mT):
+        assert float(stiefel.distance(lying)) == pytest.approx(math.hypot(3, 0.75))
+
+
+def test_sample_is_haar() -> None:
+    # the law is invariant: E[q_ij] = 0, E[q_ij^2] = 1/n; without fixed signs the diagonal of Q would be biased
+    points = stiefel.sample(4000, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert stiefel.distance(points).max() < ON_MANIFOLD[torch.float32]
+    # standard errors: sqrt(1/3/4000) = .009 and sqrt(4/45/4000) = .005, times 4.5 for nine entries
+    assert points.mean(dim=0).abs().max() < 0.04
+    assert (points.square().mean(dim=0) - 1 / 3).abs().max() < 0.022
+    determinants = torch.linalg.det(points)
+    assert abs(determinants.mean()) < 4 / math.sqrt(4000)  # rotations and reflections alike
+
+
+def test_sample_repeats_with_its_generator() -> None:
+    for manifold in (stiefel, UnitRows(), NonNegative()):
+        first, second = (manifold.sample(3, 4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+        assert torch.equal(first, second)
+        assert manifold.distance(first).max() < ON_MANIFOLD[torch.float32]
+
+
+# --- the other manifolds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e20, 1e37])
+def test_unit_rows_divides_by_the_norm(scale: float) -> None:
+    point = gaussian(5, 8)
+    expected = point / point.norm(dim=1, keepdim=True)
+    assert (UnitRows().retract((scale * point).float()) - expected).abs().max() < 1e-6
+    assert UnitRows().distance(UnitRows().retract(scale * point)) < 1e-15
+
+
+def test_unit_rows_replaces_a_row_of_zeros() -> None:
+    point = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -2.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.0, -1.0, 0.0, 0.0]])
+    assert torch.equal(UnitRows().retract(point), expected)
+    assert float(UnitRows().distance(point)) == 1.0
+
+
+def test_non_negative_clips_and_measures() -> None:
+    point = torch.tensor([-2.0, -0.0, 0.5])
+    assert NonNegative().retract(point).tolist() == [0.0, 0.0, 0.5]
+    assert NonNegative().distance(point).tolist() == [2.0, 0.0, 0.0]
+
+
+# --- the hook ----------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    """Tall, wide and square matrices, two of one shape, one of the transposed shape, a convolution without factors."""
+    return nn.Sequential(
+        OrthoConv2d(1, 1, 3, padding=1),
+        OrthoConv2d(1, 4, 3, stride=2, padding=1),
+        MaxMin(),
+        nn.Flatten(),
+        OrthoLinear(16, 8),
+        MaxMin(),
+        OrthoLinear(8, 16),
+        OrthoLinear(16, 8),
+        OrthoLinear(8, 8),
+        OrthoLinear(8, 8),
+        UnitNormLinear(8, 3),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=1e-3),
+    "adam": torch.optim.Adam,
+    "adamw": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.1),
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "lbfgs": lambda p, lr: torch.optim.LBFGS(p, lr, max_iter=4),
+}
+
+
+def train(name: str, rate: float, steps: int) -> tuple[nn.Module, nn.Module, list[float]]:
+    model = network()
+    priors = torch.full((3,), 1 / 3)
+    # LBFGS evaluates the loss within a step, where a learned margin may be negative: it trains with a fixed one
+    fixed = name == "lbfgs"
+    loss = SoftHKRLoss(priors, margin=0.1, hinge_weight=10.0) if fixed else SoftHKRLoss(priors, alpha=0.1)
+    y = torch.arange(12) % 3
+    x = 0.2 * torch.rand(12, 1, 4, 4) + 0.4 * y.view(-1, 1, 1, 1)
+    optimizer = OPTIMIZERS[name]([*model.parameters(), *loss.parameters()], rate)
+    keep_on_manifold(optimizer, model, loss)
+    losses = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        losses.append(float(value.detach()))
+        return value
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        for module in (model, loss):
+            for parameter_name, parameter, manifold in constrained_parameters(module):
+                if parameter.numel():
+                    distance = float(manifold.distance(parameter.detach()).max())
+                    assert distance < ON_MANIFOLD[torch.float32], parameter_name
+    return model, loss, losses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_stays_on_the_manifold_and_learns(name: str) -> None:
+    rate = {"sgd": 1e-3, "momentum": 1e-4, "lbfgs": 0.1, "adagrad": 0.03}.get(name, 0.01)
+    _, _, losses = train(name, rate, steps=15)
+    assert min(losses[-3:]) < losses[0] - 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "steps"), [("adam", 1e3, 30), ("sgd", 1e8, 10), ("rmsprop", 1e6, 10), ("lbfgs", 1e2, 3)]
+)
+def test_absurd_learning_rates_stay_on_the_manifold(name: str, rate: float, steps: int) -> None:
+    model, _, _ = train(name, rate, steps)
+    # biases are free: take them away, and the network still keeps distances
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.zero_()
+        x, y = torch.rand(50, 1, 4, 4), torch.rand(50, 1, 4, 4)
+        ratio = (model[:-1](x) - model[:-1](y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+    assert ratio.max() <= 1 + 1e-5
+
+
+def test_a_nan_gradient_names_the_parameter() -> None:
+    model = nn.Sequential(OrthoLinear(4, 4), OrthoLinear(4, 4), UnitNormLinear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    keep_on_manifold(optimizer, model)
+    model(torch.ones(1, 4)).sum().backward()
+    assert model[1].weight.grad is not None
+    model[1].weight.grad[0, 0] = math.nan
+    with pytest.raises(FloatingPointError) as caught:
+        optimizer.step()
+    assert str(caught.value) == (
+        "1.weight: a value is NaN or infinite after an optimizer step; lower the learning rate or clip the gradient"
+    )
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_an_infinite_factor_or_head_is_named(position: int) -> None:
+    model = nn.Sequential(OrthoConv2d(2, 4, 3), nn.Flatten(), UnitNormLinear(4, 2))
+    names = {0: "0.projectors", 2: "2.weight"}
+    with torch.no_grad():
+        model.get_parameter(names[position]).view(-1)[0] = math.inf
+    with pytest.raises(FloatingPointError, match=f"^{names[position]}: a value is NaN or infinite"):
+        retract_parameters(model)
+
+
+def test_modules_of_one_shape_get_their_own_points() -> None:
+    model = nn.Sequential(OrthoLinear(3, 5), OrthoLinear(5, 3), OrthoLinear(3, 5), OrthoConv2d(3, 5, 1))
+    with torch.no_grad():
+        for _, parameter, _ in constrained_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = {name: polar(parameter) for name, parameter, _ in constrained_parameters(model) if parameter.numel()}
+    retract_parameters(model)
+    for name, point in expected.items():
+        assert (model.get_parameter(name) - point).abs().max() < 5e-6, name
+
+
+def test_constrained_parameters_are_named_with_their_manifolds() -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(OrthoLinear(2, 2)), "head": UnitNormLinear(2, 1), "free": nn.Linear(2, 2)})
+    model["loss"] = HKRLoss(alpha=0.1)
+    found = {name: type(manifold) for name, _, manifold in constrained_parameters(model)}
+    assert found == {"body.0.weight": Stiefel, "head.weight": UnitRows, "loss.margin": NonNegative}
+
+
+def test_a_fixed_margin_is_no_parameter() -> None:
+    assert list(constrained_parameters(HKRLoss(margin=0.3, hinge_weight=2.0))) == []
+
+
+def test_removing_the_handle_ends_it() -> None:
+    model = OrthoLinear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 10.0)
+    handle = keep_on_manifold(optimizer, model)
+    handle.remove()
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert stiefel.distance(model.weight) > 1
+
+
+def test_unconstrained_parameters_are_left_alone() -> None:
+    layer = OrthoLinear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    keep_on_manifold(optimizer, layer)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.bias, -torch.ones(4))
+
+
+def test_a_float64_network_is_retracted_to_float64_accuracy() -> None:
+    model = network().double()
+    retract_parameters(model)
+    for name, parameter, manifold in constrained_parameters(model):
+        if parameter.numel():
+            assert manifold.distance(parameter).max() < 1e-14, name
