@@ -1,0 +1,217 @@
+"""One row per layer: the row inherits every test of this file."""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tests.operators import layer_matrix, norm
+from torch import Tensor, nn
+
+from otnn.lipschitz import bound
+from otnn.manifold import constrained_parameters, retract_parameters
+from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and the shape of one input.
+
+    Attributes:
+        smallest: the smallest singular value that it may have (of the short side of its matrix).
+        norm: its largest singular value: exactly 1 for orthogonal layers, a range for others.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    smallest: float = 1.0
+    norm: tuple[float, float] = (1.0, 1.0)
+    linear: bool = True
+
+
+# Zero padding compresses the circular operator: its norm stays near 1, singular values of the border fall.
+COMPRESSED = (0.9, 1.0)
+LAYERS = [
+    Case("linear square", lambda: OrthoLinear(6, 6), (6,)),
+    Case("linear wide", lambda: OrthoLinear(7, 3), (7,)),
+    Case("linear tall, no bias", lambda: OrthoLinear(3, 7, bias=False), (3,)),
+    Case("linear 1 to 1", lambda: OrthoLinear(1, 1), (1,)),
+    # rows of norm 1 in general position: sigma^2 lies between 1 and the number of rows
+    Case("head", lambda: UnitNormLinear(8, 4), (8,), smallest=0.0, norm=(1.0, 2.0)),
+    Case("head of one output", lambda: UnitNormLinear(5, 1), (5,)),
+    Case("head of one feature", lambda: UnitNormLinear(1, 4), (1,), smallest=2.0, norm=(2.0, 2.0)),
+    Case("maxmin rows", MaxMin, (6,), linear=False),
+    Case("maxmin images", MaxMin, (4, 3, 5), linear=False),
+    Case("maxmin last", lambda: MaxMin(dim=-1), (3, 5, 4), linear=False),
+    Case("centering", lambda: Centering(torch.tensor([0.1, 0.7])), (2, 3, 4)),
+    Case("centering rows", lambda: Centering(torch.tensor([0.1, 0.7, -0.2])), (3,)),
+    Case("conv", lambda: OrthoConv2d(2, 4, 3, padding=1), (2, 5, 5), 0.0, COMPRESSED),
+    Case("conv no padding", lambda: OrthoConv2d(4, 2, 3), (4, 5, 6), 0.0, COMPRESSED),
+    Case("conv 1x1", lambda: OrthoConv2d(3, 5, 1), (3, 2, 3)),
+    Case("conv stride", lambda: OrthoConv2d(2, 6, 3, stride=2, padding=1), (2, 6, 6), 0.0, COMPRESSED),
+    Case("conv even", lambda: OrthoConv2d(2, 4, 4, stride=2, padding=1, bias=False), (2, 6, 6), 0.0, COMPRESSED),
+    Case("conv patches", lambda: OrthoConv2d(3, 8, 2, stride=2), (3, 4, 6)),
+    Case("conv one channel", lambda: OrthoConv2d(1, 1, 3, padding=1), (1, 4, 4)),
+    Case("conv circular", lambda: OrthoConv2d(2, 5, 3, padding=1, padding_mode="circular"), (2, 4, 6)),
+    Case(
+        "conv circular stride",
+        lambda: OrthoConv2d(4, 3, 3, stride=2, padding=1, padding_mode="circular"),
+        (4, 6, 4),
+    ),
+]
+pytestmark = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+
+
+def exact(layer: nn.Module) -> nn.Module:
+    """The layer in float64, its weights orthogonal to float64 accuracy."""
+    layer = layer.double()
+    retract_parameters(layer)
+    return layer
+
+
+def inputs(case: Case, batch: int = 3) -> Tensor:
+    return torch.randn(batch, *case.shape, dtype=torch.float64)
+
+
+def matrix(case: Case, layer: nn.Module) -> Tensor:
+    """The layer's matrix, or its Jacobian at a random point."""
+    if case.linear:
+        return layer_matrix(layer, case.shape)
+    jacobian = torch.autograd.functional.jacobian(layer.double(), inputs(case, 1))
+    return jacobian.reshape(math.prod(case.shape), -1)
+
+
+def test_singular_values(case: Case) -> None:
+    values = torch.linalg.svdvals(matrix(case, exact(case.make())))
+    assert values[-1] >= case.smallest - 1e-12
+    assert case.norm[0] - 1e-12 <= values[0] <= case.norm[1] + 1e-12
+
+
+def test_bound_on_both_sides(case: Case) -> None:
+    layer = case.make()  # in float32, as it is used
+    largest = norm(matrix(case, copy.deepcopy(layer)))
+    constant = bound(layer).constant
+    assert largest <= constant * (1 + 1e-7)  # the kernel of the bound is composed in float32, the matrix in float64
+    assert constant <= max(1.0, case.norm[1]) + 1e-5
+
+
+def test_distances_do_not_grow(case: Case) -> None:
+    layer = exact(case.make())
+    with torch.no_grad():
+        x, y = 3 * inputs(case, 50), 3 * inputs(case, 50)
+        ratio = (layer(x) - layer(y)).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+    assert ratio.max() <= case.norm[1] + 1e-12
+    assert ratio.max() >= 0.3 * case.norm[0]
+
+
+def test_constrained_weights_start_on_their_manifolds(case: Case) -> None:
+    for name, parameter, manifold in constrained_parameters(case.make()):
+        if parameter.numel():
+            assert manifold.distance(parameter.detach()).max() < 5e-6, name
+
+
+def test_state_dict_restores_the_layer(case: Case) -> None:
+    torch.manual_seed(1)
+    saved = case.make()
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(0.01)  # also what differs from every initialisation
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(2)
+    loaded = case.make()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    x = inputs(case).float()
+    assert torch.equal(loaded(x), saved(x))
+    assert set(saved.state_dict()) == {name for name, _ in [*saved.named_parameters(), *saved.named_buffers()]}
+
+
+def test_dtype(case: Case) -> None:
+    layer, x = case.make(), inputs(case)
+    single = layer(x.float())
+    double = layer.double()(x)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert (single - double).abs().max() < 1e-5
+
+
+def test_gradient_reaches_every_weight(case: Case) -> None:
+    layer, x = exact(case.make()), inputs(case)
+    (layer(x) * torch.randn_like(layer(x))).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        if parameter.numel():
+            # no single number is left out, and none explodes
+            assert bool((parameter.grad != 0).all()), name
+            assert parameter.grad.norm() < 1e3, name
+
+
+def test_gradcheck(case: Case) -> None:
+    layer = exact(case.make())
+    x = inputs(case, 2).requires_grad_()
+    names = [name for name, parameter in layer.named_parameters() if parameter.numel()]
+    weights = [layer.get_parameter(name) for name in names]
+
+    def function(point: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (point,))
+
+    assert torch.autograd.gradcheck(function, (x, *weights), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
+
+
+def test_samples_of_a_batch_do_not_mix(case: Case) -> None:
+    layer, x = exact(case.make()), inputs(case, 4)
+    together = layer(x)
+    alone = torch.cat([layer(x[i : i + 1]) for i in range(4)])
+    assert (together - alone).abs().max() < 1e-13
+    assert len(layer(x[:0])) == 0
+
+
+def test_memory_format_does_not_matter(case: Case) -> None:
+    layer, x = exact(case.make()), inputs(case)
+    if x.ndim == 4:
+        dense = layer(x)
+        last = layer.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+        assert (dense - last).abs().max() < 1e-13
+    strided = torch.stack([x, x], dim=-1)[..., 0]  # not contiguous
+    assert (layer(x) - layer(strided)).abs().max() < 1e-13
+
+
+def test_nothing_changes_in_eval(case: Case) -> None:
+    layer, x = exact(case.make()), inputs(case)
+    before = copy.deepcopy(layer.state_dict())
+    trained = layer.train()(x)
+    assert torch.equal(layer.eval()(x), trained)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+def test_copies_are_independent(case: Case) -> None:
+    layer, x = exact(case.make()), inputs(case)
+    expected = layer(x).detach().clone()
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(layer(x), expected)
+    retract_parameters(other)
+    for name, parameter, manifold in constrained_parameters(other):
+        if parameter.numel():
+            assert manifold.distance(parameter.detach()).max() < 1e-13, name
+
+
+def test_gradient_passes_through_vmap(case: Case) -> None:
+    if isinstance(case.make(), OrthoConv2d) and "circular" in case.name:
+        pytest.skip("circular padding of one image has no batching rule")
+    layer, x = exact(case.make()), inputs(case)
+
+    def score(sample: Tensor) -> Tensor:
+        return layer(sample.unsqueeze(0)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(score))(x)
+    x.requires_grad_()
+    (whole,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert (each - whole).abs().max() < 1e-12
