@@ -299,7 +299,7 @@ def test_absurd_learning_rates_stay_on_the_manifold(name: str, rate: float, step
 def test_lbfgs_learns_a_margin() -> None:
     loss = HKRLoss(alpha=0.25)
     scores, labels = torch.linspace(-1, 1, 21), (torch.arange(21) > 10).long()
-    optimizer = torch.optim.LBFGS(loss.parameters(), 1.0, max_iter=4)
+    optimizer = torch.optim.LBFGS(loss.parameters(), 10.0, max_iter=4)
     keep_on_manifold(optimizer, loss)
 
     def closure() -> Tensor:

@@ -230,11 +230,20 @@ def _gram_excess(wide: Tensor) -> Tensor:
 
 
 def _polar(wide: Tensor) -> Tensor:
-    """Exact polar factor of finite matrices (batch, rows, columns), whatever their scale or rank."""
+    """Polar factor of finite matrices (batch, rows, columns), whatever their scale or rank, in float64.
+
+    The eigenvectors of the small Gram matrix give it where the matrix is well conditioned (the series polishes it
+    afterwards), the singular value decomposition elsewhere.
+    """
     if not torch.isfinite(wide).all():
         raise FloatingPointError("a value is NaN or infinite")
     exact = wide.double()
     scale = exact.abs().amax(dim=(-2, -1), keepdim=True)
-    u, _, vh = torch.linalg.svd(exact / torch.where(scale > 0, scale, 1.0), full_matrices=False)
-    polar: Tensor = (u @ vh).to(wide.dtype)
-    return polar
+    exact = exact / torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(exact @ exact.mT)
+    if bool((values[..., 0] > 1e-8 * values[..., -1]).all()):
+        polar: Tensor = (vectors / values.sqrt().unsqueeze(-2)) @ vectors.mT @ exact
+    else:
+        u, _, vh = torch.linalg.svd(exact, full_matrices=False)
+        polar = u @ vh
+    return polar.to(wide.dtype)

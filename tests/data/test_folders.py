@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_makers import make_folder, make_zip, png, save, table
+from tests.data.image_makers import make_folder, make_zip, png, save, table
 from sklearn.model_selection import train_test_split
 
 from otnn.data import load

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_makers import idx_bytes
+from tests.data.image_makers import idx_bytes
 
 from otnn.data import load
 from otnn.data.idx import read_idx

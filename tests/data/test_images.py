@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_makers import png, save
+from tests.data.image_makers import png, save
 from PIL import Image
 
 from otnn.data import load_images

@@ -7,7 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from image_makers import png
+from tests.data.image_makers import png
 
 from otnn.data import load
 from otnn.errors import InputError

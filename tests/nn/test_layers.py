@@ -140,11 +140,11 @@ def test_dtype(case: Case) -> None:
 
 
 def test_gradient_reaches_every_weight(case: Case) -> None:
-    layer, x = exact(case.make()), inputs(case)
+    layer, x = exact(case.make()), inputs(case).requires_grad_()
     (layer(x) * torch.randn_like(layer(x))).sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, name
+    for name, parameter in [("inputs", x), *layer.named_parameters()]:
         if parameter.numel():
+            assert parameter.grad is not None, name
             # no single number is left out, and none explodes
             assert bool((parameter.grad != 0).all()), name
             assert parameter.grad.norm() < 1e3, name

@@ -154,7 +154,8 @@ def one_vs_all_hkr(
     loss = loss + weight * (margin - signed).clamp(min=0).mean(dim=0).sum()
     if alpha is None:
         return loss
-    return loss - weight * alpha * torch.as_tensor(margin, device=scores.device).expand(scores.shape[1]).sum()
+    margins = torch.as_tensor(margin, device=scores.device, dtype=scores.dtype).expand(scores.shape[1])
+    return loss - weight * alpha * margins.sum()
 
 
 def soft_hkr(

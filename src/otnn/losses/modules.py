@@ -82,6 +82,10 @@ class _MarginLoss(Loss):
             L._check_margin(torch.as_tensor(margin))
             self.register_buffer("margin", torch.as_tensor(margin, dtype=torch.float32))
 
+    def _usable_margin(self) -> Tensor:
+        """The margin; inside a step of a line search, before it is retracted, a learned one may be negative."""
+        return self.margin.clamp(min=0)
+
 
 class KRLoss(Loss):
     """Module of `otnn.losses.kr`, centred by a running mean of the scores.
@@ -171,7 +175,7 @@ class HKRLoss(_MarginLoss):
         return L.hkr(
             scores,
             labels,
-            margin=self.margin,
+            margin=self._usable_margin(),
             hinge_weight=self.hinge_weight,
             alpha=self.alpha,
             prior=self.prior,
@@ -214,7 +218,7 @@ class OneVsAllHKRLoss(_MarginLoss):
         return L.one_vs_all_hkr(
             scores,
             labels,
-            margin=self.margin,
+            margin=self._usable_margin(),
             hinge_weight=self.hinge_weight,
             alpha=self.alpha,
             priors=self.priors,
@@ -281,7 +285,7 @@ class SoftHKRLoss(_MarginLoss):
         return L.soft_hkr(
             scores,
             labels,
-            margin=self.margin,
+            margin=self._usable_margin(),
             hinge_weight=self.hinge_weight,
             alpha=self.alpha,
             temperature=temperature,

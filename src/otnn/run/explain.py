@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from otnn.files import write_npz, write_whole
 from otnn.lipschitz import bound
 from otnn.models import predict
 from otnn.report.pictures import explanation_picture
+from otnn.run.fit import scores_of
 from otnn.run.folder import Run
 from otnn.run.progress import status
 from otnn.run.train import load_dataset
@@ -25,7 +27,7 @@ GALLERY = 12
 def explain_gallery(run: Run, *, dataset: Dataset | None = None, size: int = GALLERY) -> Path:
     """Explain a fixed choice of test images: writes explanations.npz, which the report shows.
 
-    The choice goes round the classes, an error of the OTNN before right predictions of a class whose turn comes third.
+    The choice goes round the classes and mixes right predictions with errors of the OTNN.
 
     Args:
         run: an opened run.
@@ -129,23 +131,21 @@ def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> di
             arrays["unconstrained_prediction"] = predict(twin(exact))
         arrays["unconstrained_saliency"] = saliency(twin, exact, arrays["unconstrained_prediction"]).float()
     result: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
-    import numpy as np
-
     result["status"] = np.array(way.status)
     return result
 
 
 def choose_gallery(run: Run, test: Split, size: int) -> Tensor:
-    """Indices of test images, round the classes; of each class a wrongly predicted one comes third."""
+    """Indices of test images, round the classes: right predictions first, an error of each class before long."""
     model = run.network("otnn")
-    with torch.no_grad():
-        first = slice(0, 2048)
-        wrong = predict(model(test.images[first])) != test.labels[first]
+    # test splits may be sorted by class: look at images spread over all of it
+    sample = torch.linspace(0, len(test) - 1, min(len(test), 2048)).round().long()
+    labels = test.labels[sample]
+    wrong = predict(scores_of(model, test.images[sample])) != labels
     queues = []
     for k in range(len(run.classes)):
-        members = (test.labels[first] == k).nonzero().squeeze(1).tolist()
-        right = [i for i in members if not wrong[i]]
-        errors = [i for i in members if wrong[i]]
+        right = sample[(labels == k) & ~wrong].tolist()
+        errors = sample[(labels == k) & wrong].tolist()
         queues.append(right[:2] + errors + right[2:] if len(run.classes) < 6 else right[:1] + errors[:1] + right[1:])
     order = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
     return torch.tensor(sorted(order[:size], key=lambda i: (int(test.labels[i]), i)))

@@ -1,0 +1,537 @@
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from otnn.errors import InputError
+from otnn.losses import hinge, hkr, kr, one_vs_all_hkr, soft_hkr, temperature_cross_entropy
+from otnn.losses.functional import rival_weights
+from tests.losses import slow
+
+PRIORS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+MARGINS = torch.tensor([0.3, 0.1, 0.7], dtype=torch.float64)
+
+
+def binary(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(count) % 3 == 0).long()
+    return torch.randn(count, generator=generator, dtype=torch.float64), labels
+
+
+def several(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, generator=generator, dtype=torch.float64), torch.arange(count) % 3
+
+
+# --- by hand -----------------------------------------------------------------------------------------------------
+
+
+def test_kr_by_hand() -> None:
+    scores, labels = torch.tensor([4.0, 2.0, 1.0, -3.0]), torch.tensor([1, 1, 0, 0])
+    assert float(kr(scores, labels)) == -(3.0 - (-1.0))
+    assert float(kr(scores.unsqueeze(1), labels)) == -4.0
+    # under p = 0.8: -mean(4/.8 + 2/.8 - 1/.2 + 3/.2) = -(5 + 2.5 - 5 + 15)/4
+    assert float(kr(scores, labels, prior=0.8)) == pytest.approx(-17.5 / 4)
+
+
+def test_hinge_by_hand() -> None:
+    scores, labels = torch.tensor([0.5, 2.0, -0.25, 1.0]), torch.tensor([1, 1, 0, 0])
+    assert float(hinge(scores, labels, margin=1.0)) == (0.5 + 0 + 0.75 + 2.0) / 4
+    assert float(hinge(scores, labels, margin=0.0)) == 0.25
+    weights = torch.tensor([2.0, 0.0, 0.0, 1.0])
+    assert float(hinge(scores, labels, margin=1.0, sample_weight=weights)) == (1.0 + 2.0) / 4
+
+
+def test_hkr_by_hand() -> None:
+    scores, labels = torch.tensor([0.5, -0.25]), torch.tensor([1, 0])
+    assert float(hkr(scores, labels, margin=1.0, hinge_weight=4.0)) == -0.75 + 4 * (0.5 + 0.75) / 2
+    learned = hkr(scores, labels, margin=torch.tensor(1.0), hinge_weight=4.0, alpha=0.5)
+    assert float(learned) == -0.75 + 4 * (0.625 - 0.5)
+
+
+def test_one_vs_all_by_hand() -> None:
+    scores = torch.tensor([[1.0, 0.5, -2.0], [0.0, 2.0, 1.0], [-1.0, 0.0, 3.0]])
+    labels = torch.tensor([0, 1, 2])
+    distance = (1.0 + 0.5) + (2.0 - 0.25) + (3.0 + 0.5)
+    hinges = (0 + 1 + 0 + 1.5 + 0 + 1 + 0 + 2 + 0) / 3  # margin 1, column by column
+    assert float(one_vs_all_hkr(scores, labels, margin=1.0, hinge_weight=6.0)) == pytest.approx(-distance + 6 * hinges)
+
+
+def test_soft_by_hand_with_two_rivals_that_tie() -> None:
+    scores = torch.tensor([[3.0, 1.0, 1.0]])  # M = (3 - 1)/2 = 1 whatever the temperature
+    for tau in (0.01, 1.0, 100.0):
+        value = soft_hkr(
+            scores, torch.tensor([0]), margin=1.5, hinge_weight=4.0, temperature=tau, priors=torch.full((3,), 1 / 3)
+        )
+        assert float(value) == pytest.approx(-2 + 4 * 0.5)
+
+
+def test_soft_temperature_moves_from_the_mean_to_the_largest_rival() -> None:
+    scores, priors = torch.tensor([[0.0, 4.0, -2.0, 1.0]], dtype=torch.float64), torch.full((4,), 0.25)
+    options = {"margin": 0.0, "hinge_weight": 0.0, "priors": priors}
+    cold = soft_hkr(scores, torch.tensor([0]), temperature=1e4, **options)
+    warm = soft_hkr(scores, torch.tensor([0]), temperature=1e-9, **options)
+    assert float(cold) == pytest.approx(4.0)
+    assert float(warm) == pytest.approx(1.0)  # the mean of 4, -2 and 1
+
+
+def test_two_classes_make_soft_and_binary_agree() -> None:
+    # f_1 = -f_0 = f: M_y = Y f, and with p = 1/2 the soft loss is the binary one, with -2 E[Y f] = -KR
+    scores, labels = binary()
+    both = torch.stack([-scores, scores], dim=1)
+    share = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    soft = soft_hkr(both, labels, margin=0.4, hinge_weight=7.0, priors=share)
+    assert float(soft) == pytest.approx(float(hkr(scores, labels, margin=0.4, hinge_weight=7.0, prior=0.5)), rel=1e-13)
+    ova = one_vs_all_hkr(both, labels, margin=0.4, hinge_weight=7.0, priors=share)
+    assert float(ova) == pytest.approx(2 * float(soft), rel=1e-13)
+
+
+def test_cross_entropy_is_that_of_torch() -> None:
+    scores, labels = several()
+    for tau in (0.1, 1.0, 30.0):
+        value = temperature_cross_entropy(scores, labels, temperature=tau)
+        assert float(value) == pytest.approx(float(F.cross_entropy(tau * scores, labels)) / tau, rel=1e-14)
+    assert float(temperature_cross_entropy(torch.zeros(2, 5), torch.tensor([0, 4]))) == pytest.approx(math.log(5))
+
+
+# --- against the formulas written slowly -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", [0.1, 1 / 3, 0.7])
+@pytest.mark.parametrize("alpha", [None, 0.15])
+def test_binary_losses_equal_the_slow_ones(prior: float, alpha: float | None) -> None:
+    scores, labels = binary()
+    y = labels.tolist()
+    assert float(kr(scores, labels, prior=prior, center=0.4)) == pytest.approx(float(slow.kr(scores, y, prior, 0.4)), rel=1e-13)
+    fast = hkr(scores, labels, margin=0.6, hinge_weight=3.0, alpha=alpha, prior=prior)
+    assert float(fast) == pytest.approx(float(slow.hkr(scores, y, 0.6, 3.0, prior, alpha or 0.0)), rel=1e-12)
+    weights = torch.rand(len(y), dtype=torch.float64)
+    fast = hinge(scores, labels, margin=0.6, sample_weight=weights)
+    assert float(fast) == pytest.approx(float(slow.hinge(scores, y, 0.6, weights.tolist())), rel=1e-13)
+
+
+def test_the_share_in_the_batch_is_the_default_prior() -> None:
+    scores, labels = binary()
+    y, share = labels.tolist(), 4 / 12
+    assert float(kr(scores, labels)) == pytest.approx(float(slow.kr(scores, y, share)), rel=1e-13)
+    assert float(-kr(scores, labels)) == pytest.approx(float(scores[labels == 1].mean() - scores[labels == 0].mean()))
+    scores, labels = several()
+    expected = slow.one_vs_all(scores, labels.tolist(), [0.2] * 3, 2.0, [1 / 3] * 3)
+    assert float(one_vs_all_hkr(scores, labels, margin=0.2, hinge_weight=2.0)) == pytest.approx(float(expected), rel=1e-13)
+    expected = slow.soft(scores, labels.tolist(), [0.2] * 3, 2.0, [1 / 3] * 3)
+    assert float(soft_hkr(scores, labels, margin=0.2, hinge_weight=2.0)) == pytest.approx(float(expected), rel=1e-13)
+
+
+@pytest.mark.parametrize("margin", [0.6, MARGINS])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_one_vs_all_equals_the_slow_one(margin: float | Tensor, alpha: float | None) -> None:
+    scores, labels = several()
+    fast = one_vs_all_hkr(scores, labels, margin=margin, hinge_weight=3.0, alpha=alpha, priors=PRIORS)
+    each = margin if isinstance(margin, Tensor) else [margin] * 3
+    expected = slow.one_vs_all(scores, labels.tolist(), each, 3.0, PRIORS.tolist(), alpha or 0.0)
+    assert float(fast) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.6, MARGINS])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+@pytest.mark.parametrize("kr_form", ["soft", "one_vs_all"])
+@pytest.mark.parametrize("hinge_form", ["joint", "separate"])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("tau", [0.5, 10.0])
+def test_soft_equals_the_slow_one_and_so_does_its_gradient(
+    margin: float | Tensor, alpha: float | None, kr_form: str, hinge_form: str, detach: bool, tau: float
+) -> None:
+    scores, labels = several()
+    scores.requires_grad_()
+    forms = {"kr_form": kr_form, "hinge_form": hinge_form}
+    fast = soft_hkr(
+        scores,
+        labels,
+        margin=margin,
+        hinge_weight=3.0,
+        alpha=alpha,
+        temperature=tau,
+        priors=PRIORS,
+        detach_weights=detach,
+        **forms,
+    )
+    each = margin if isinstance(margin, Tensor) else [margin] * 3
+    expected = slow.soft(
+        scores, labels.tolist(), each, 3.0, PRIORS.tolist(), tau=tau, alpha=alpha or 0.0, detach=detach, **forms
+    )
+    assert float(fast.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(fast, scores)
+    (slow_gradient,) = torch.autograd.grad(expected, scores)
+    assert (gradient - slow_gradient).abs().max() < 1e-13
+
+
+def test_cross_entropy_equals_the_slow_one() -> None:
+    scores, labels = several()
+    for tau in (0.5, 20.0):
+        expected = float(slow.cross_entropy(scores, labels.tolist(), tau))
+        assert float(temperature_cross_entropy(scores, labels, temperature=tau)) == pytest.approx(expected, rel=1e-12)
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hkr": lambda f, m: hkr(f[:, 0], torch.arange(12) % 2, margin=m[0], hinge_weight=3.0, alpha=0.2, prior=0.4),
+    "one_vs_all": lambda f, m: one_vs_all_hkr(f, torch.arange(12) % 3, margin=m, alpha=0.2, priors=PRIORS),
+    **{
+        f"soft {a} {b}": lambda f, m, a=a, b=b: soft_hkr(
+            f,
+            torch.arange(12) % 3,
+            margin=m,
+            alpha=0.2,
+            priors=PRIORS,
+            temperature=2.0,
+            kr_form=a,
+            hinge_form=b,
+            detach_weights=False,
+        )
+        for a, b in itertools.product(["soft", "one_vs_all"], ["joint", "separate"])
+    },
+    "cross-entropy": lambda f, m: temperature_cross_entropy(f, torch.arange(12) % 3, temperature=3.0) + m.sum(),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradcheck_of_scores_and_margins(name: str) -> None:
+    scores, margins = several()[0].requires_grad_(), MARGINS.clone().requires_grad_()
+    assert torch.autograd.gradcheck(GRADIENTS[name], (scores, margins))
+
+
+def test_gradient_of_the_margin_is_lambda_times_share_minus_alpha() -> None:
+    scores, labels = binary(40)
+    margin = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    hkr(scores, labels, margin=margin, hinge_weight=5.0, alpha=0.3, prior=0.4).backward()
+    signed = torch.where(labels == 1, scores, -scores)
+    share = float((signed < 0.8).double().mean())
+    assert margin.grad is not None
+    assert float(margin.grad) == pytest.approx(5.0 * (share - 0.3), rel=1e-12)
+
+
+def test_weights_detached_or_not() -> None:
+    # two rivals, the hinge inactive: L = -(f_0 - w.f), so dL/df_k = w_k where detached, and
+    # w_k (1 + tau (f_k - w.f)) where not: negative for a weak rival, whom descent then pushes *up*
+    scores = torch.tensor([[5.0, 1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    priors = torch.full((3,), 1 / 3, dtype=torch.float64)
+    gradients = {}
+    for detach in (True, False):
+        value = soft_hkr(
+            scores, torch.tensor([0]), margin=0.0, hinge_weight=1.0, temperature=2.0, priors=priors, detach_weights=detach
+        )
+        gradients[detach] = torch.autograd.grad(value, scores)[0][0]
+    w = torch.softmax(2 * torch.tensor([1.0, -1.0], dtype=torch.float64), 0)
+    rivals = scores.detach()[0, 1:]
+    assert torch.allclose(gradients[True][1:], w)
+    assert torch.allclose(gradients[False][1:], w * (1 + 2 * (rivals - w @ rivals)))
+    assert gradients[True][2] > 0 > gradients[False][2]
+    assert float(gradients[True][0]) == pytest.approx(-1)
+
+
+def test_rival_weights_sum_to_1_and_spare_the_own_class() -> None:
+    scores, labels = several()
+    weights = rival_weights(1e4 * scores, F.one_hot(labels, 3).bool(), 1e3, detach=True)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(12).double())
+    assert bool((weights.gather(1, labels.unsqueeze(1)) == 0).all())
+
+
+def test_class_balanced_weights_bound_the_loss_of_a_large_class() -> None:
+    # every score the same constant vector a * (1, 0): with v the loss on KR does not reward it, whatever the shares
+    labels = torch.tensor([0] * 9 + [1])
+    scores = 1000.0 * torch.tensor([[1.0, 0.0]]).expand(10, 2)
+    value = soft_hkr(scores, labels, margin=0.0, hinge_weight=0.0)
+    assert float(value) == pytest.approx(0, abs=1e-3)
+    unbalanced = -(2 * (torch.tensor([500.0] * 9 + [-500.0]))).mean()  # control: v = 1
+    assert float(unbalanced) == pytest.approx(-800)
+
+
+# --- properties --------------------------------------------------------------------------------------------------
+
+finite = st.floats(-100, 100, allow_subnormal=False)
+samples = st.lists(st.tuples(finite, st.integers(0, 1)), min_size=1, max_size=12)
+rows = st.lists(st.tuples(st.tuples(finite, finite, finite), st.integers(0, 2)), min_size=1, max_size=8)
+prior_values = st.floats(0.05, 0.95)
+quick = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+def tensors(pairs: list[tuple[object, int]]) -> tuple[Tensor, Tensor]:
+    scores, labels = zip(*pairs, strict=True)
+    return torch.tensor(scores, dtype=torch.float64), torch.tensor(labels)
+
+
+ALL_OF_THREE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "one_vs_all": lambda f, y: one_vs_all_hkr(f, y, margin=MARGINS, alpha=0.2, priors=PRIORS),
+    "soft": lambda f, y: soft_hkr(f, y, margin=MARGINS, alpha=0.2, priors=PRIORS),
+    "released": lambda f, y: soft_hkr(
+        f, y, margin=0.5, hinge_weight=49.0, priors=PRIORS, hinge_form="separate", kr_form="one_vs_all"
+    ),
+    "cross-entropy": lambda f, y: temperature_cross_entropy(f, y, temperature=5.0),
+}
+
+
+@quick
+@given(samples, prior_values, st.randoms(use_true_random=False))
+def test_order_does_not_matter(pairs: list[tuple[float, int]], prior: float, random) -> None:  # type: ignore[no-untyped-def]
+    shuffled = random.sample(pairs, len(pairs))
+    first, second = (
+        hkr(*tensors(p), margin=0.5, hinge_weight=2.0, prior=prior, center=0.3) for p in (pairs, shuffled)
+    )
+    assert float(first) == pytest.approx(float(second), rel=1e-10, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL_OF_THREE)
+def test_order_does_not_matter_with_classes(name: str) -> None:
+    scores, labels = several()
+    order = torch.randperm(12)
+    value = float(ALL_OF_THREE[name](scores, labels))
+    assert float(ALL_OF_THREE[name](scores[order], labels[order])) == pytest.approx(value, rel=1e-13)
+
+
+@quick
+@given(samples, samples, prior_values, finite)
+def test_halves_average_to_the_whole(first: list, second: list, prior: float, center: float) -> None:  # type: ignore[type-arg]
+    # equal halves, whatever they hold, one class alone included: unbiased
+    size = min(len(first), len(second))
+    halves = [tensors(part[:size]) for part in (first, second)]
+    whole = tensors(first[:size] + second[:size])
+
+    def loss(part: tuple[Tensor, Tensor]) -> float:
+        return float(hkr(*part, margin=0.5, hinge_weight=2.0, alpha=0.05, prior=prior, center=center))
+
+    assert (loss(halves[0]) + loss(halves[1])) / 2 == pytest.approx(loss(whole), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL_OF_THREE)
+@quick
+@given(rows, rows)
+def test_halves_average_to_the_whole_with_classes(name: str, first: list, second: list) -> None:  # type: ignore[type-arg]
+    size = min(len(first), len(second))
+    halves = [tensors(part[:size]) for part in (first, second)]
+    mean = sum(float(ALL_OF_THREE[name](*part)) for part in halves) / 2
+    whole = float(ALL_OF_THREE[name](*tensors(first[:size] + second[:size])))
+    assert mean == pytest.approx(whole, rel=1e-9, abs=1e-9)
+
+
+@quick
+@given(samples, finite)
+def test_kr_of_both_classes_does_not_feel_a_shift(pairs: list[tuple[float, int]], shift: float) -> None:
+    scores, labels = tensors([*pairs, (0.5, 0), (0.25, 1)])
+    value = float(kr(scores, labels))
+    assert float(kr(scores + shift, labels)) == pytest.approx(value, rel=1e-9, abs=1e-9)
+    assert float(kr(scores, labels, center=shift)) == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+@quick
+@given(samples, prior_values, finite)
+def test_a_centre_moves_scores_and_centre_together(pairs: list[tuple[float, int]], prior: float, shift: float) -> None:
+    scores, labels = tensors(pairs)
+    value = float(kr(scores, labels, prior=prior, center=0.2))
+    moved = float(kr(scores + shift, labels, prior=prior, center=0.2 + shift))
+    assert moved == pytest.approx(value, rel=1e-9, abs=1e-8)
+
+
+@quick
+@given(samples, prior_values, st.floats(0, 50))
+def test_kr_is_positively_homogeneous_and_odd(pairs: list[tuple[float, int]], prior: float, factor: float) -> None:
+    scores, labels = tensors(pairs)
+    value = float(kr(scores, labels, prior=prior))
+    assert float(kr(factor * scores, labels, prior=prior)) == pytest.approx(factor * value, rel=1e-9, abs=1e-9)
+    assert float(kr(-scores, labels, prior=prior)) == pytest.approx(-value, rel=1e-9, abs=1e-9)
+    swapped = float(kr(scores, 1 - labels, prior=1 - prior))
+    assert swapped == pytest.approx(-value, rel=1e-9, abs=1e-9)
+
+
+@quick
+@given(samples, st.floats(0, 10))
+def test_hinge_is_zero_exactly_beyond_the_margin(pairs: list[tuple[float, int]], margin: float) -> None:
+    scores, labels = tensors(pairs)
+    signed = torch.where(labels == 1, scores, -scores)
+    assert (float(hinge(scores, labels, margin=margin)) == 0) == bool((signed >= margin).all())
+
+
+@quick
+@given(rows, finite)
+def test_soft_does_not_feel_a_common_shift(pairs: list, shift: float) -> None:  # type: ignore[type-arg]
+    scores, labels = tensors(pairs)
+    value = float(soft_hkr(scores, labels, margin=0.3, hinge_weight=2.0, priors=PRIORS))
+    moved = float(soft_hkr(scores + shift, labels, margin=0.3, hinge_weight=2.0, priors=PRIORS))
+    # tau * rounding of the shifted scores moves the weights
+    assert moved == pytest.approx(value, rel=1e-8, abs=1e-8)
+
+
+def test_hkr_is_jointly_convex_in_scores_and_margin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8) % 2
+    for _ in range(50):
+        f, g = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+        m, n, t = torch.rand(3, generator=generator, dtype=torch.float64)
+
+        def loss(scores: Tensor, margin: Tensor) -> Tensor:
+            return hkr(scores, labels, margin=margin, hinge_weight=3.0, alpha=0.4)
+
+        assert loss(t * f + (1 - t) * g, t * m + (1 - t) * n) <= t * loss(f, m) + (1 - t) * loss(g, n) + 1e-12
+
+
+def test_a_one_class_batch_has_a_loss_with_a_prior() -> None:
+    scores = torch.tensor([1.0, 3.0])
+    assert float(kr(scores, torch.tensor([1, 1]), prior=0.25)) == -8.0
+    assert float(kr(scores, torch.tensor([0, 0]), prior=0.2)) == 2.5
+    alone = soft_hkr(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), margin=1.0, hinge_weight=2.0, priors=torch.tensor([0.5, 0.5]))
+    assert float(alone) == -1.0 + 2 * 0.5
+
+
+def test_alpha_alone_sets_the_hinge_weight() -> None:
+    scores, labels = binary()
+    m = torch.tensor(0.4, dtype=torch.float64)
+    assert torch.equal(hkr(scores, labels, margin=m, alpha=0.2), hkr(scores, labels, margin=m, alpha=0.2, hinge_weight=5.0))
+    scores, labels = several()
+    for loss in (one_vs_all_hkr, soft_hkr):
+        first = loss(scores, labels, margin=m, alpha=0.2)
+        assert torch.equal(first, loss(scores, labels, margin=m, alpha=0.2, hinge_weight=5.0))
+        assert not torch.equal(first, loss(scores, labels, margin=m, alpha=0.2, hinge_weight=4.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_of_the_scores_is_that_of_the_loss(dtype: torch.dtype) -> None:
+    f, y = binary()
+    g, z = several()
+    f, g = f.to(dtype).requires_grad_(), g.to(dtype).requires_grad_()
+    values = [kr(f, y), hinge(f, y), hkr(f, y, margin=0.1, hinge_weight=1.0, prior=0.3)]
+    values += [one_vs_all_hkr(g, z, margin=0.1, hinge_weight=1.0), soft_hkr(g, z, margin=0.1, hinge_weight=1.0)]
+    values += [temperature_cross_entropy(g, z)]
+    for value in values:
+        assert value.dtype == dtype
+        assert value.shape == ()
+        value.backward()
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+TWO = torch.tensor([0, 1])
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "one class": (
+        lambda: kr(torch.ones(2), torch.tensor([1, 1])),
+        "a batch of one class says nothing of a distance; give prior=, the share of label 1",
+    ),
+    "prior 0": (lambda: kr(torch.ones(2), TWO, prior=0.0), "prior: expected the share of label 1, in (0, 1), got 0.0"),
+    "prior 1": (lambda: kr(torch.ones(2), TWO, prior=1.0), "prior: expected the share of label 1, in (0, 1), got 1.0"),
+    "prior nan": (lambda: kr(torch.ones(2), TWO, prior=math.nan), "prior: expected the share of label 1"),
+    "scores": (
+        lambda: kr(torch.ones(2, 3), TWO),
+        "scores: expected a batch of one score each, (batch,) or (batch, 1), got (2, 3)",
+    ),
+    "empty": (lambda: kr(torch.ones(0), torch.ones(0).long()), "scores: expected a batch of one score each"),
+    "labels -1": (
+        lambda: kr(torch.ones(2), torch.tensor([-1, 1])),
+        "labels: expected integers in 0..1, got -1..1",
+    ),
+    "label 2": (lambda: hinge(torch.ones(2), torch.tensor([0, 2])), "labels: expected integers in 0..1, got 0..2"),
+    "float labels": (
+        lambda: kr(torch.ones(2), torch.tensor([0.0, 1.0])),
+        "labels: expected integers, got torch.float32; convert them with .long()",
+    ),
+    "label count": (
+        lambda: kr(torch.ones(3), TWO),
+        "labels: expected one per sample, shape (3,), got (2,); one-hot labels become integers with argmax(dim=1)",
+    ),
+    "margin": (lambda: hinge(torch.ones(2), TWO, margin=-0.5), "margin: expected finite numbers >= 0 (per side), got -0.5"),
+    "margin nan": (lambda: hinge(torch.ones(2), TWO, margin=math.nan), "margin: expected finite numbers >= 0"),
+    "no weight": (
+        lambda: hkr(torch.ones(2), TWO, margin=1.0),
+        "expected hinge_weight, or alpha (the hinge weight then is 1/alpha), got neither",
+    ),
+    "weight": (
+        lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=-1.0),
+        "hinge_weight: expected a finite number >= 0, got -1.0",
+    ),
+    "weight nan": (lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=math.nan), "hinge_weight: expected a finite"),
+    "weight inf": (lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=math.inf), "hinge_weight: expected a finite"),
+    "alpha": (
+        lambda: hkr(torch.ones(2), TWO, margin=1.0, alpha=0.5, prior=0.2),
+        "alpha must be in (0, 2 * min(p, 1 - p)] = (0, 0.4], got 0.5: "
+        "beyond it no finite margin is optimal; lower alpha or balance the classes",
+    ),
+    "alpha 0": (lambda: hkr(torch.ones(2), TWO, margin=1.0, alpha=0.0), "alpha must be in (0,"),
+    "alpha nan": (lambda: hkr(torch.ones(2), TWO, margin=1.0, alpha=math.nan), "alpha must be in (0,"),
+    "one-vs-all alpha": (
+        lambda: one_vs_all_hkr(torch.ones(3, 3), torch.arange(3), margin=1.0, alpha=0.7),
+        "alpha must be in (0, 2 * min(p, 1 - p)] = (0, 0.6667], got 0.7",
+    ),
+    "soft alpha": (
+        lambda: soft_hkr(torch.ones(3, 3), torch.arange(3), margin=1.0, alpha=1.0),
+        "alpha: expected the share of each class inside its margin, in (0, 1), got 1.0",
+    ),
+    "one output": (
+        lambda: soft_hkr(torch.ones(2, 1), TWO, margin=1.0, hinge_weight=1.0),
+        "scores: expected (batch, classes) with at least 2 classes, got (2, 1); a single output takes the binary losses",
+    ),
+    "missing class": (
+        lambda: soft_hkr(torch.ones(2, 3), TWO, margin=1.0, hinge_weight=1.0),
+        "a class is missing from the batch; give priors=, the shares of the classes",
+    ),
+    "priors": (
+        lambda: one_vs_all_hkr(torch.ones(2, 2), TWO, margin=1.0, hinge_weight=1.0, priors=torch.tensor([1.0, 0.0])),
+        "priors: expected 2 shares in (0, 1), got [1.0, 0.0]",
+    ),
+    "priors count": (
+        lambda: one_vs_all_hkr(torch.ones(2, 2), TWO, margin=1.0, hinge_weight=1.0, priors=torch.full((3,), 1 / 3)),
+        "priors: expected 2 shares in (0, 1), got [0.3333, 0.3333, 0.3333]",
+    ),
+    "kr_form": (
+        lambda: soft_hkr(torch.ones(2, 2), TWO, margin=1.0, hinge_weight=1.0, kr_form="hard"),
+        "kr_form: expected \"soft\" or \"one_vs_all\", got 'hard'",
+    ),
+    "hinge_form": (
+        lambda: soft_hkr(torch.ones(2, 2), TWO, margin=1.0, hinge_weight=1.0, hinge_form="both"),
+        "hinge_form: expected \"joint\" or \"separate\", got 'both'",
+    ),
+    "temperature": (
+        lambda: temperature_cross_entropy(torch.ones(2, 2), TWO, temperature=0.0),
+        "temperature: expected a number > 0, got 0.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_what_was_expected(name: str) -> None:
+    call, words = REFUSED[name]
+    with pytest.raises(InputError) as caught:
+        call()
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize("alpha", [0.4, 0.4 - 1e-9])
+def test_the_largest_alpha_is_let_through(alpha: float) -> None:
+    assert math.isfinite(hkr(torch.ones(2), TWO, margin=1.0, alpha=alpha, prior=0.2))
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="integer labels of 32 bits pass the check and fail in one_hot")
+def test_labels_of_any_integer_type() -> None:
+    scores, labels = several()
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(
+            soft_hkr(scores, labels.to(dtype), margin=0.1, hinge_weight=1.0),
+            soft_hkr(scores, labels, margin=0.1, hinge_weight=1.0),
+        )
+
+
+@pytest.mark.xfail(strict=True, reason="the function accepts what the module refuses")
+def test_soft_refuses_a_negative_temperature() -> None:
+    scores, labels = several()
+    with pytest.raises(InputError, match="temperature"):
+        soft_hkr(scores, labels, margin=0.1, hinge_weight=1.0, temperature=-1.0)
+
+
+@pytest.mark.xfail(strict=True, reason="a column of weights broadcasts to (batch, batch)")
+def test_sample_weights_of_another_shape_are_refused() -> None:
+    scores, labels = binary()
+    with pytest.raises(InputError, match="sample_weight"):
+        hinge(scores, labels, sample_weight=torch.rand(12, 1))
