@@ -36,4 +36,4 @@ def circular_matrix(kernel: Tensor, size: int, stride: int = 1) -> Tensor:
 
 def norm(matrix: Tensor) -> float:
     """The largest singular value."""
-    return float(torch.linalg.svdvals(matrix)[0])
+    return float(torch.linalg.svdvals(matrix.detach())[0])

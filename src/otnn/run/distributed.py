@@ -31,5 +31,6 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield device
+        dist.barrier()  # nobody leaves before process 0 has put the run folder in place
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,219 @@
+"""What the report reads of a run folder, checked where it enters (docs/run-folder.md has the layout)."""
+
+import json
+import math
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from otnn.errors import InputError
+from otnn.files import read_json
+
+Arrays = dict[str, NDArray[Any]]
+
+# The axes of each array: n samples, c channels, h height, w width, t steps of the path, k scores.
+_CERTIFICATES = {"label": "n", "prediction": "n", "logit_gap": "n", "radius": "n"}
+_EXPLANATIONS = {
+    "images": "nchw",
+    "label": "n",
+    "prediction": "n",
+    "target": "n",
+    "radius": "n",
+    "saliency": "nchw",
+    "distances": "nt",
+    "path": "ntchw",
+    "potential": "nt",
+    "scores": "ntk",
+    "boundary_distance": "n",
+    "tightness": "n",
+    "flipped": "n",
+    "status": "n",
+    "index": "n",
+}
+_TWIN = {"unconstrained_prediction": "n", "unconstrained_saliency": "nchw"}
+_RESULTS = {
+    "data": ("name", "classes", "input_shape", "train", "validation", "test", "class_shares"),
+    "otnn": ("accuracy", "balanced_accuracy", "recall", "parameters", "lipschitz_bound"),
+}
+_NETWORK = ("accuracy", "balanced_accuracy", "recall", "parameters")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run that the report shows.
+
+    Attributes:
+        name: the name of the folder.
+        results: results.json.
+        certificates: the arrays of certificates.npz, one row per test image.
+        explanations: the arrays of explanations.npz, one row per image of the gallery.
+        metrics: the lines of metrics.jsonl; empty where there is none.
+        config: config.toml; empty where there is none.
+    """
+
+    name: str
+    results: dict[str, Any]
+    certificates: Arrays
+    explanations: Arrays
+    metrics: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes."""
+        return [str(name) for name in self.results["data"]["classes"]]
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the run holds the ordinary network as well."""
+        return "unconstrained" in self.results
+
+
+def load_run(run: Path) -> RunFiles:
+    """Read and check the files of a run.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not belong to the others.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run folder; make one with `otnn train --out {run}`")
+    results = _results(run)
+    twin = _TWIN if "unconstrained" in results else {}
+    certificates = _arrays(run, "certificates.npz", _CERTIFICATES, "certify")
+    explanations = _arrays(run, "explanations.npz", _EXPLANATIONS | twin, "explain")
+    _check_certificates(run, results, certificates)
+    _check_explanations(run, results, explanations)
+    return RunFiles(run.resolve().name, results, certificates, explanations, _metrics(run), _config(run))
+
+
+def _results(run: Path) -> dict[str, Any]:
+    file = run / "results.json"
+    results = read_json(file)
+    if results.get("format") != 1:
+        raise InputError(f"{file}: expected format 1, got {results.get('format')}; make the run again with `otnn train`")
+    tables = _RESULTS | ({"unconstrained": _NETWORK} if "unconstrained" in results else {})
+    for table, names in tables.items():
+        entries = results.get(table)
+        missing = [name for name in names if not isinstance(entries, dict) or name not in entries]
+        if missing:
+            raise InputError(
+                f"{file}: {table} lacks {', '.join(missing)}; make the run again with `otnn train --out {run} --force`"
+            )
+    for name in ("certified_accuracy", "mean_radius"):
+        if name not in results["otnn"]:
+            raise InputError(f"{file}: otnn lacks {name}; make it with `otnn certify {run}`")
+    return results
+
+
+def _arrays(run: Path, name: str, layout: dict[str, str], command: str) -> Arrays:
+    """Read an npz archive and hold its arrays against their axes; sizes of one letter must agree."""
+    file = run / name
+    mend = f"make it with `otnn {command} {run}`"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; {mend}")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file}: cannot be read ({error}); {mend}") from None
+    sizes: dict[str, int] = {}
+    for key, axes in layout.items():
+        if key not in arrays:
+            raise InputError(f"{file}: the array {key} is missing; {mend}")
+        shape = arrays[key].shape
+        if len(shape) != len(axes) or any(sizes.setdefault(a, s) != s for a, s in zip(axes, shape, strict=True)):
+            wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise InputError(f"{file}: {key}: expected shape ({wanted}), got {shape}; {mend}")
+    if sizes["n"] == 0:
+        raise InputError(f"{file}: expected at least one sample, got none; {mend}")
+    return arrays
+
+
+def _check_certificates(run: Path, results: dict[str, Any], arrays: Arrays) -> None:
+    """Refuse certificates that are not those that results.json tells of."""
+    file, mend = run / "certificates.npz", f"make both again with `otnn certify {run}`"
+    _check_classes(file, results, arrays, ("label", "prediction"), "certify")
+    if len(arrays["label"]) != results["data"]["test"]:
+        raise InputError(
+            f"{file}: expected the {results['data']['test']} test samples of results.json, got {len(arrays['label'])}; {mend}"
+        )
+    if not (np.isfinite(arrays["radius"]) & (arrays["radius"] >= 0)).all():
+        raise InputError(f"{file}: expected finite radii >= 0, got others; {mend}")
+    for radius, share in results["otnn"]["certified_accuracy"].items():
+        counted = certified_share(arrays, float(radius))
+        if abs(counted - share) > 1e-6:
+            raise InputError(
+                f"{file}: holds a certified accuracy of {counted:.4f} at radius {radius}, results.json has {share:.4f}; {mend}"
+            )
+
+
+def _check_explanations(run: Path, results: dict[str, Any], arrays: Arrays) -> None:
+    file = run / "explanations.npz"
+    names = ("label", "prediction", "target", *(["unconstrained_prediction"] if "unconstrained" in results else []))
+    _check_classes(file, results, arrays, names, "explain")
+    shape = tuple(results["data"]["input_shape"])
+    if arrays["images"].shape[1:] != shape:
+        raise InputError(
+            f"{file}: expected images of shape {shape} as in results.json, got {arrays['images'].shape[1:]}; "
+            f"make it with `otnn explain {run}`"
+        )
+    if arrays["scores"].shape[2] not in (len(results["data"]["classes"]), *([1] * (len(results["data"]["classes"]) == 2))):
+        raise InputError(
+            f"{file}: expected scores of {len(results['data']['classes'])} classes, got {arrays['scores'].shape[2]}; "
+            f"make it with `otnn explain {run}`"
+        )
+
+
+def _check_classes(file: Path, results: dict[str, Any], arrays: Arrays, names: tuple[str, ...], command: str) -> None:
+    count = len(results["data"]["classes"])
+    for name in names:
+        values = arrays[name]
+        if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= count:
+            raise InputError(
+                f"{file}: {name}: expected class indices in 0..{count - 1}, got others; "
+                f"make it with `otnn {command} {file.parent}`"
+            )
+
+
+def certified_share(certificates: Arrays, radius: float) -> float:
+    """Share of all test samples that are right with a certified radius of at least `radius`."""
+    right = certificates["label"] == certificates["prediction"]
+    return float((right & (certificates["radius"] >= radius)).mean())
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            lines.append({"network": str(line["network"]), "epoch": int(line["epoch"]), **line})
+        except (json.JSONDecodeError, TypeError, KeyError, ValueError):
+            raise InputError(
+                f"{file}: line {number} is damaged; expected JSON with network and epoch: remove the line or the file"
+            ) from None
+    return lines
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / "config.toml"
+    if not file.is_file():
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(
+            f"{file}: cannot be read ({error}); restore the file, or make the run again with `otnn train`"
+        ) from None
+
+
+def numbers(values: list[Any]) -> NDArray[np.float64]:
+    """Values of a metrics file as floats; what is no finite number becomes NaN."""
+    return np.array([v if isinstance(v, int | float) and math.isfinite(v) else math.nan for v in values], dtype=float)
