@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from otnn.certify import certify
 from otnn.data import Dataset, Split, load_images
 from otnn.errors import InputError
 from otnn.explain import Counterfactual, counterfactual, saliency
 from otnn.files import write_npz, write_whole
-from otnn.lipschitz import bound
-from otnn.models import predict
+from otnn.lipschitz import LipschitzBound, bound
+from otnn.models import Classifier, predict
 from otnn.report.pictures import explanation_picture
 from otnn.run.fit import scores_of
 from otnn.run.folder import Run
@@ -22,6 +23,8 @@ from otnn.run.progress import status
 from otnn.run.train import load_dataset
 
 GALLERY = 12
+STEPS = 21
+_BUDGET = 2**30  # bytes
 
 
 def explain_gallery(run: Run, *, dataset: Dataset | None = None, size: int = GALLERY) -> Path:
@@ -97,7 +100,7 @@ def explain_files(
 def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> dict[str, Any]:
     """Everything that is shown of images, as arrays of the layout of explanations.npz.
 
-    The network runs in float64, so that boundaries are found to about 1e-9.
+    The networks run in float64, so that boundaries are found to about 1e-9, in chunks within a memory budget.
 
     Args:
         run: an opened run.
@@ -105,16 +108,28 @@ def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> di
         target: (batch,) the class that each counterfactual goes to; the nearest rival by default.
     """
     model = run.network("otnn").double()
+    twin = run.network("unconstrained").double() if run.has_twin else None
     body = bound(model.body)
-    exact = images.double()
-    way: Counterfactual = counterfactual(model, exact, body, target)
-    nearest = way if target is None else counterfactual(model, exact, body, steps=2)
+    # a path of STEPS images at once, and features of about 64 channels in float64
+    size = max(1, _BUDGET // (STEPS * images[0].numel() * 64 * 8))
+    targets = [None] * len(images.split(size)) if target is None else list(target.split(size))
+    chunks = [
+        _explain_chunk(model, twin, body, chunk.double(), goal)
+        for chunk, goal in zip(images.split(size), targets, strict=True)
+    ]
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _explain_chunk(
+    model: Classifier, twin: Classifier | None, body: LipschitzBound, images: Tensor, target: Tensor | None
+) -> dict[str, Any]:
+    way: Counterfactual = counterfactual(model, images, body, target, steps=STEPS)
     arrays = {
         "images": images.float(),
         "prediction": way.prediction,
         "target": way.target,
-        "radius": nearest.radius,  # of the prediction: the nearest rival's, whatever the target
-        "saliency": saliency(model, exact, way.prediction).float(),
+        "radius": certify(model, images, body).radius,  # of the prediction, whatever the target
+        "saliency": saliency(model, images, way.prediction).float(),
         "distances": way.distances,
         "path": way.path.float(),
         "potential": way.potential,
@@ -125,14 +140,11 @@ def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> di
         "tightness": way.tightness,
         "flipped": way.flipped,
     }
-    if run.has_twin:
-        twin = run.network("unconstrained").double()
+    if twin is not None:
         with torch.no_grad():
-            arrays["unconstrained_prediction"] = predict(twin(exact))
-        arrays["unconstrained_saliency"] = saliency(twin, exact, arrays["unconstrained_prediction"]).float()
-    result: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
-    result["status"] = np.array(way.status)
-    return result
+            arrays["unconstrained_prediction"] = predict(twin(images))
+        arrays["unconstrained_saliency"] = saliency(twin, images, arrays["unconstrained_prediction"]).float()
+    return {**{name: value.numpy() for name, value in arrays.items()}, "status": np.array(way.status)}
 
 
 def choose_gallery(run: Run, test: Split, size: int) -> Tensor:
