@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# Networks of tests are tiny: a second thread only waits, by a factor of ten where the cores are shared
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

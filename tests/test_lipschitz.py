@@ -159,7 +159,7 @@ def random_kernel(generator: torch.Generator, kind: int) -> Tensor:
 def test_convolution_bound_on_random_kernels(kind: int) -> None:
     generator = torch.Generator().manual_seed(kind)
     looseness = []
-    for _ in range(40):
+    for _ in range(20):
         kernel = random_kernel(generator, kind)
         stride = int(torch.randint(1, 4, (1,), generator=generator))
         padding = int(torch.randint(0, 3, (1,), generator=generator))
@@ -171,7 +171,7 @@ def test_convolution_bound_on_random_kernels(kind: int) -> None:
         if max(kernel.shape[2:]) <= 6 and kernel.shape[2] == kernel.shape[3] and stride <= kernel.shape[2]:
             assert_bounds(found, norm(circular_matrix(kernel, 6, stride)))
         looseness.append(found / true if true else 1.0)
-    assert sorted(looseness)[20] < 1.6  # a bound, and not a wild one
+    assert sorted(looseness)[10] < 1.6  # a bound, and not a wild one
 
 
 def test_convolution_bound_is_attained_on_large_tori() -> None:

@@ -278,9 +278,7 @@ def test_every_optimizer_stays_on_the_manifold_and_learns(name: str) -> None:
     assert min(losses[-3:]) < losses[0] - 0.005
 
 
-@pytest.mark.parametrize(
-    ("name", "rate", "steps"), [("adam", 1e3, 30), ("sgd", 1e8, 10), ("rmsprop", 1e6, 10)]
-)
+@pytest.mark.parametrize(("name", "rate", "steps"), [("adam", 1e3, 30), ("sgd", 1e8, 10), ("rmsprop", 1e6, 10)])
 def test_absurd_learning_rates_stay_on_the_manifold(name: str, rate: float, steps: int) -> None:
     model, _, _ = train(name, rate, steps)
     # biases are free: take them away, and the network still keeps distances
@@ -347,7 +345,9 @@ def test_modules_of_one_shape_get_their_own_points() -> None:
 
 
 def test_constrained_parameters_are_named_with_their_manifolds() -> None:
-    model = nn.ModuleDict({"body": nn.Sequential(OrthoLinear(2, 2)), "head": UnitNormLinear(2, 1), "free": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"body": nn.Sequential(OrthoLinear(2, 2)), "head": UnitNormLinear(2, 1), "free": nn.Linear(2, 2)}
+    )
     model["loss"] = HKRLoss(alpha=0.1)
     found = {name: type(manifold) for name, _, manifold in constrained_parameters(model)}
     assert found == {"body.0.weight": Stiefel, "head.weight": UnitRows, "loss.margin": NonNegative}

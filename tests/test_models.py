@@ -84,7 +84,12 @@ def test_the_layers_of_a_conv_network() -> None:
     stage = [OrthoConv2d, MaxMin, OrthoConv2d, MaxMin]
     assert kinds == [Centering, *stage, *stage, nn.Flatten, OrthoLinear, MaxMin]
     convolutions = [layer for layer in model.body if isinstance(layer, OrthoConv2d)]
-    assert [(c.in_channels, c.out_channels, c.stride) for c in convolutions] == [(1, 4, 1), (4, 4, 2), (4, 8, 1), (8, 8, 2)]
+    assert [(c.in_channels, c.out_channels, c.stride) for c in convolutions] == [
+        (1, 4, 1),
+        (4, 4, 2),
+        (4, 8, 1),
+        (8, 8, 2),
+    ]
     assert model.body[-2].in_features == 8 * 7 * 7
     assert isinstance(model.head, UnitNormLinear)
 

@@ -108,7 +108,9 @@ def test_cross_entropy_is_that_of_torch() -> None:
 def test_binary_losses_equal_the_slow_ones(prior: float, alpha: float | None) -> None:
     scores, labels = binary()
     y = labels.tolist()
-    assert float(kr(scores, labels, prior=prior, center=0.4)) == pytest.approx(float(slow.kr(scores, y, prior, 0.4)), rel=1e-13)
+    assert float(kr(scores, labels, prior=prior, center=0.4)) == pytest.approx(
+        float(slow.kr(scores, y, prior, 0.4)), rel=1e-13
+    )
     fast = hkr(scores, labels, margin=0.6, hinge_weight=3.0, alpha=alpha, prior=prior)
     assert float(fast) == pytest.approx(float(slow.hkr(scores, y, 0.6, 3.0, prior, alpha or 0.0)), rel=1e-12)
     weights = torch.rand(len(y), dtype=torch.float64)
@@ -123,7 +125,9 @@ def test_the_share_in_the_batch_is_the_default_prior() -> None:
     assert float(-kr(scores, labels)) == pytest.approx(float(scores[labels == 1].mean() - scores[labels == 0].mean()))
     scores, labels = several()
     expected = slow.one_vs_all(scores, labels.tolist(), [0.2] * 3, 2.0, [1 / 3] * 3)
-    assert float(one_vs_all_hkr(scores, labels, margin=0.2, hinge_weight=2.0)) == pytest.approx(float(expected), rel=1e-13)
+    assert float(one_vs_all_hkr(scores, labels, margin=0.2, hinge_weight=2.0)) == pytest.approx(
+        float(expected), rel=1e-13
+    )
     expected = slow.soft(scores, labels.tolist(), [0.2] * 3, 2.0, [1 / 3] * 3)
     assert float(soft_hkr(scores, labels, margin=0.2, hinge_weight=2.0)) == pytest.approx(float(expected), rel=1e-13)
 
@@ -225,7 +229,13 @@ def test_weights_detached_or_not() -> None:
     gradients = {}
     for detach in (True, False):
         value = soft_hkr(
-            scores, torch.tensor([0]), margin=0.0, hinge_weight=1.0, temperature=2.0, priors=priors, detach_weights=detach
+            scores,
+            torch.tensor([0]),
+            margin=0.0,
+            hinge_weight=1.0,
+            temperature=2.0,
+            priors=priors,
+            detach_weights=detach,
         )
         gradients[detach] = torch.autograd.grad(value, scores)[0][0]
     w = torch.softmax(2 * torch.tensor([1.0, -1.0], dtype=torch.float64), 0)
@@ -281,9 +291,7 @@ ALL_OF_THREE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @given(samples, prior_values, st.randoms(use_true_random=False))
 def test_order_does_not_matter(pairs: list[tuple[float, int]], prior: float, random) -> None:  # type: ignore[no-untyped-def]
     shuffled = random.sample(pairs, len(pairs))
-    first, second = (
-        hkr(*tensors(p), margin=0.5, hinge_weight=2.0, prior=prior, center=0.3) for p in (pairs, shuffled)
-    )
+    first, second = (hkr(*tensors(p), margin=0.5, hinge_weight=2.0, prior=prior, center=0.3) for p in (pairs, shuffled))
     assert float(first) == pytest.approx(float(second), rel=1e-10, abs=1e-9)
 
 
@@ -384,14 +392,18 @@ def test_a_one_class_batch_has_a_loss_with_a_prior() -> None:
     scores = torch.tensor([1.0, 3.0])
     assert float(kr(scores, torch.tensor([1, 1]), prior=0.25)) == -8.0
     assert float(kr(scores, torch.tensor([0, 0]), prior=0.2)) == 2.5
-    alone = soft_hkr(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), margin=1.0, hinge_weight=2.0, priors=torch.tensor([0.5, 0.5]))
+    alone = soft_hkr(
+        torch.tensor([[1.0, 0.0]]), torch.tensor([0]), margin=1.0, hinge_weight=2.0, priors=torch.tensor([0.5, 0.5])
+    )
     assert float(alone) == -1.0 + 2 * 0.5
 
 
 def test_alpha_alone_sets_the_hinge_weight() -> None:
     scores, labels = binary()
     m = torch.tensor(0.4, dtype=torch.float64)
-    assert torch.equal(hkr(scores, labels, margin=m, alpha=0.2), hkr(scores, labels, margin=m, alpha=0.2, hinge_weight=5.0))
+    assert torch.equal(
+        hkr(scores, labels, margin=m, alpha=0.2), hkr(scores, labels, margin=m, alpha=0.2, hinge_weight=5.0)
+    )
     scores, labels = several()
     for loss in (one_vs_all_hkr, soft_hkr):
         first = loss(scores, labels, margin=m, alpha=0.2)
@@ -442,7 +454,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: kr(torch.ones(3), TWO),
         "labels: expected one per sample, shape (3,), got (2,); one-hot labels become integers with argmax(dim=1)",
     ),
-    "margin": (lambda: hinge(torch.ones(2), TWO, margin=-0.5), "margin: expected finite numbers >= 0 (per side), got -0.5"),
+    "margin": (
+        lambda: hinge(torch.ones(2), TWO, margin=-0.5),
+        "margin: expected finite numbers >= 0 (per side), got -0.5",
+    ),
     "margin nan": (lambda: hinge(torch.ones(2), TWO, margin=math.nan), "margin: expected finite numbers >= 0"),
     "no weight": (
         lambda: hkr(torch.ones(2), TWO, margin=1.0),
@@ -452,8 +467,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=-1.0),
         "hinge_weight: expected a finite number >= 0, got -1.0",
     ),
-    "weight nan": (lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=math.nan), "hinge_weight: expected a finite"),
-    "weight inf": (lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=math.inf), "hinge_weight: expected a finite"),
+    "weight nan": (
+        lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=math.nan),
+        "hinge_weight: expected a finite",
+    ),
+    "weight inf": (
+        lambda: hkr(torch.ones(2), TWO, margin=1.0, hinge_weight=math.inf),
+        "hinge_weight: expected a finite",
+    ),
     "alpha": (
         lambda: hkr(torch.ones(2), TWO, margin=1.0, alpha=0.5, prior=0.2),
         "alpha must be in (0, 2 * min(p, 1 - p)] = (0, 0.4], got 0.5: "
@@ -471,7 +492,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "one output": (
         lambda: soft_hkr(torch.ones(2, 1), TWO, margin=1.0, hinge_weight=1.0),
-        "scores: expected (batch, classes) with at least 2 classes, got (2, 1); a single output takes the binary losses",
+        "scores: expected (batch, classes) with at least 2 classes, got (2, 1); a single output takes the",
     ),
     "missing class": (
         lambda: soft_hkr(torch.ones(2, 3), TWO, margin=1.0, hinge_weight=1.0),
@@ -487,11 +508,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "kr_form": (
         lambda: soft_hkr(torch.ones(2, 2), TWO, margin=1.0, hinge_weight=1.0, kr_form="hard"),
-        "kr_form: expected \"soft\" or \"one_vs_all\", got 'hard'",
+        'kr_form: expected "soft" or "one_vs_all", got \'hard\'',
     ),
     "hinge_form": (
         lambda: soft_hkr(torch.ones(2, 2), TWO, margin=1.0, hinge_weight=1.0, hinge_form="both"),
-        "hinge_form: expected \"joint\" or \"separate\", got 'both'",
+        'hinge_form: expected "joint" or "separate", got \'both\'',
     ),
     "temperature": (
         lambda: temperature_cross_entropy(torch.ones(2, 2), TWO, temperature=0.0),
@@ -513,7 +534,9 @@ def test_the_largest_alpha_is_let_through(alpha: float) -> None:
     assert math.isfinite(hkr(torch.ones(2), TWO, margin=1.0, alpha=alpha, prior=0.2))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="integer labels of 32 bits pass the check and fail in one_hot")
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="integer labels of 32 bits pass the check and fail in one_hot"
+)
 def test_labels_of_any_integer_type() -> None:
     scores, labels = several()
     for dtype in (torch.uint8, torch.int32):

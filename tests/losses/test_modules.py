@@ -295,13 +295,19 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "expected margin= for a fixed margin or alpha= for a learned one, got both",
     ),
     "no weight": (lambda: HKRLoss(margin=0.1), "expected hinge_weight, or alpha"),
-    "margin": (lambda: HKRLoss(margin=-1.0, hinge_weight=1.0), "margin: expected finite numbers >= 0 (per side), got -1.0"),
+    "margin": (
+        lambda: HKRLoss(margin=-1.0, hinge_weight=1.0),
+        "margin: expected finite numbers >= 0 (per side), got -1.0",
+    ),
     "margins": (
         lambda: SoftHKRLoss(PRIORS, margin=[0.1, math.inf, 0.1], hinge_weight=1.0),
         "margin: expected finite numbers >= 0 (per side), got",
     ),
     "hinge margin": (lambda: HingeLoss(-0.1), "margin: expected finite numbers >= 0"),
-    "prior": (lambda: HKRLoss(margin=0.1, hinge_weight=1.0, prior=1.0), "prior: expected the share of label 1, in (0, 1)"),
+    "prior": (
+        lambda: HKRLoss(margin=0.1, hinge_weight=1.0, prior=1.0),
+        "prior: expected the share of label 1, in (0, 1)",
+    ),
     "alpha": (lambda: HKRLoss(alpha=0.5, prior=0.2), "alpha must be in (0, 2 * min(p, 1 - p)] = (0, 0.4], got 0.5"),
     "alpha 0": (lambda: HKRLoss(alpha=0.0), "alpha: expected a share > 0 of the data inside the margin, got 0.0"),
     "alpha < 0": (lambda: SoftHKRLoss(PRIORS, alpha=-0.1), "alpha: expected a share > 0"),
@@ -328,7 +334,12 @@ def test_refusals_say_what_was_expected(name: str) -> None:
 
 @pytest.mark.xfail(strict=True, reason="found only at the first batch")
 @pytest.mark.parametrize(
-    "options", [{"alpha": 1.0}, {"margin": 0.1, "hinge_weight": 1.0, "kr_form": "hard"}, {"margin": [0.1, 0.2], "hinge_weight": 1.0}]
+    "options",
+    [
+        {"alpha": 1.0},
+        {"margin": 0.1, "hinge_weight": 1.0, "kr_form": "hard"},
+        {"margin": [0.1, 0.2], "hinge_weight": 1.0},
+    ],
 )
 def test_soft_parameters_are_refused_at_once(options: dict[str, object]) -> None:
     with pytest.raises(InputError):

@@ -16,14 +16,15 @@ from otnn.nn import MaxMin, OrthoLinear, UnitNormLinear
 
 # --- the margin alone --------------------------------------------------------------------------------------------
 
-# Steps 0.3/t of a gradient bounded by hinge_weight * 1: after 1500 steps the margin moves by less than 2e-3
-STEPS, REACH = 1500, 2e-3
+# The step falls as 15/t, and next to an atom the gradient is at most hinge_weight (share - alpha), about 1/60 to 1/10:
+# after 400 steps the margin moves by less than 5e-3
+STEPS, REACH = 400, 5e-3
 
 
 def descend(loss: _MarginLoss, scores: Tensor, labels: Tensor) -> Tensor:
     """Learn the margin on fixed scores, with the hook that keeps it >= 0."""
     loss = loss.double()
-    optimizer = torch.optim.SGD(loss.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=3.0)
     keep_on_manifold(optimizer, loss)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 5))
     for _ in range(STEPS):
@@ -50,11 +51,11 @@ def binary_scores() -> tuple[Tensor, Tensor, Tensor]:
     return scores, labels, torch.where(labels == 1, scores, -scores)
 
 
-@pytest.mark.parametrize("alpha", [0.11, 0.2, 0.33, 0.52])
+@pytest.mark.parametrize("alpha", [0.11, 0.21, 0.33, 0.52])
 def test_the_share_inside_the_learned_margin_is_alpha(alpha: float) -> None:
     scores, labels, signed = binary_scores()
-    with_warning = alpha / (2 / 3) > 0.25
-    if with_warning:
+    # a multiple of 1/60 would make every margin between two samples optimal
+    if alpha / (2 / 3) > 0.25:
         with pytest.warns(UserWarning, match="of the rarer class inside the margin"):
             loss = HKRLoss(alpha=alpha, hinge_weight=1.0, prior=1 / 3)
     else:
@@ -68,7 +69,9 @@ def test_the_share_inside_the_learned_margin_is_alpha(alpha: float) -> None:
 
 def test_the_hinge_weight_does_not_move_the_margin_of_fixed_scores() -> None:
     scores, labels, _ = binary_scores()
-    first, second = (float(descend(HKRLoss(alpha=0.15, hinge_weight=w, prior=1 / 3), scores, labels)) for w in (0.5, 2.0))
+    first, second = (
+        float(descend(HKRLoss(alpha=0.15, hinge_weight=w, prior=1 / 3), scores, labels)) for w in (0.5, 2.0)
+    )
     assert first == pytest.approx(second, abs=2 * REACH)
 
 
@@ -83,7 +86,7 @@ def test_a_plus_before_alpha_collapses_the_margin() -> None:
 
 
 def test_classes_that_overlap_by_more_than_alpha_leave_no_margin() -> None:
-    scores, labels, signed = binary_scores()
+    scores, labels, _ = binary_scores()
     scores = scores - 0.3  # now the share with Yf < 0 is over 5 %
     assert float((torch.where(labels == 1, scores, -scores) < 0).double().mean()) > 0.05
     loss = HKRLoss(alpha=0.03, hinge_weight=1.0, prior=1 / 3)

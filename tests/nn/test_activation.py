@@ -8,9 +8,9 @@ from otnn.nn import MaxMin, maxmin
 
 def slow(inputs: Tensor, dim: int) -> Tensor:
     first, second = inputs.movedim(dim, 0).chunk(2)
-    return torch.cat([torch.where(first >= second, first, second), torch.where(first >= second, second, first)]).movedim(
-        0, dim
-    )
+    return torch.cat(
+        [torch.where(first >= second, first, second), torch.where(first >= second, second, first)]
+    ).movedim(0, dim)
 
 
 SHAPES = [((3, 4), 1), ((3, 4), -1), ((4,), 0), ((2, 6, 3, 5), 1), ((2, 3, 4, 2), -2), ((2, 3, 4), 0), ((2, 0), 1)]

@@ -176,7 +176,9 @@ def test_the_centre_of_a_kernel_carries_its_energy() -> None:
 
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(1, 1), (3, 2), (3, 3), (5, 4)])
 def test_odd_channels_are_centred_too(fan_in: int, fan_out: int) -> None:
-    energy = torch.stack([OrthoConv2d(fan_in, fan_out, 3).weight.detach().square().sum((0, 1)) for _ in range(40)]).mean(0)
+    energy = torch.stack(
+        [OrthoConv2d(fan_in, fan_out, 3).weight.detach().square().sum((0, 1)) for _ in range(40)]
+    ).mean(0)
     energy = energy / energy.sum()
     assert abs(float(energy.sum(0) @ torch.arange(3.0)) - 1) < 0.1
 
@@ -215,9 +217,13 @@ def test_a_kernel_smaller_than_its_stride_is_refused() -> None:
         OrthoConv2d(2, 2, 1, stride=2)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1, 3, 1, 0), (1, 0, 3, 1, 0), (1, 1, 0, 1, 0), (1, 1, 3, 0, 0), (1, 1, 3, 1, -1)])
+@pytest.mark.parametrize(
+    "arguments", [(0, 1, 3, 1, 0), (1, 0, 3, 1, 0), (1, 1, 0, 1, 0), (1, 1, 3, 0, 0), (1, 1, 3, 1, -1)]
+)
 def test_sizes_below_1_are_refused(arguments: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="expected in_channels, out_channels, kernel_size, stride >= 1 and padding >= 0"):
+    with pytest.raises(
+        InputError, match="expected in_channels, out_channels, kernel_size, stride >= 1 and padding >= 0"
+    ):
         OrthoConv2d(*arguments)
 
 
@@ -238,7 +244,9 @@ def test_circular_overlap_is_refused(taps: int, stride: int, padding: int, size:
             layer(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(("taps", "stride", "padding", "size"), [(3, 1, 0, 5), (4, 1, 1, 6), (4, 2, 0, 6), (5, 2, 1, 6)])
+@pytest.mark.parametrize(
+    ("taps", "stride", "padding", "size"), [(3, 1, 0, 5), (4, 1, 1, 6), (4, 2, 0, 6), (5, 2, 1, 6)]
+)
 def test_circular_padding_that_is_let_through_never_amplifies(taps: int, stride: int, padding: int, size: int) -> None:
     layer = exact(2, 9, taps, stride, padding, padding_mode="circular", bias=False)
     basis = torch.eye(2 * size**2, dtype=torch.float64).view(-1, 2, size, size)

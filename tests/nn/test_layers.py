@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.operators import layer_matrix, norm
 from torch import Tensor, nn
 
 from otnn.lipschitz import bound
 from otnn.manifold import constrained_parameters, retract_parameters
 from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from tests.operators import layer_matrix, norm
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Axis:
         start: a place in SVG units.
         end: likewise.
         share: label the ticks as percentages.
+        unsigned: label them without their sign.
     """
 
     low: float
@@ -26,6 +27,7 @@ class Axis:
     start: float
     end: float
     share: bool = False
+    unsigned: bool = False
 
     def place(self, values: ArrayLike) -> NDArray[np.float64]:
         """The places of values."""
@@ -39,7 +41,8 @@ class Axis:
 
     def label(self, value: float) -> str:
         """A value as a tick label."""
-        return f"{100 * value:.6g} %" if self.share else f"{value:.6g}".replace("-", "−")
+        value = abs(value) if self.unsigned else value
+        return (f"{100 * value:.6g} %" if self.share else f"{value:.6g}").replace("-", "−")
 
 
 @dataclass
@@ -121,6 +124,7 @@ def chart(
     y: tuple[float, float, str],
     *,
     share: bool = False,
+    unsigned: bool = False,
     width: int = 400,
     height: int = 250,
 ) -> Chart:
@@ -132,11 +136,12 @@ def chart(
         x: low, high and label of the abscissa.
         y: likewise of the ordinate.
         share: the ordinate is a share, labelled in percent.
+        unsigned: values below zero are labelled without their sign, as in a mirrored histogram.
         width: of the whole chart, in SVG units.
         height: likewise.
     """
     across = Axis(*_spread(x[0], x[1]), 46, width - 12)
-    upwards = Axis(*_spread(y[0], y[1]), height - 38, 10, share)
+    upwards = Axis(*_spread(y[0], y[1]), height - 38, 22, share, unsigned)
     return Chart(title, description, across, upwards, x[2], y[2], width, height)
 
 

@@ -74,19 +74,22 @@ def diverging(values: NDArray[Any]) -> NDArray[np.uint8]:
     """
     places = np.linspace(-1, 1, len(DIVERGING))
     channels = [np.interp(values, places, anchors) for anchors in zip(*DIVERGING, strict=True)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+    colours: NDArray[np.uint8] = np.stack(channels, axis=-1).round().astype(np.uint8)
+    return colours
 
 
 def _pixels(frames: NDArray[Any]) -> NDArray[np.uint8]:
     """Frames (n, c, h, w) in [0, 1] as bytes (n, h, w, 3), or (n, h, w) where there are not three channels."""
     shown = frames.transpose(0, 2, 3, 1) if frames.shape[1] == 3 else frames.mean(axis=1)
-    return (np.clip(shown, 0, 1) * 255).round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = (np.clip(shown, 0, 1) * 255).round().astype(np.uint8)
+    return pixels
 
 
 def _levels(frames: NDArray[Any], limit: float) -> NDArray[np.uint8]:
     """Signed maps as indices into the palette of 2 * 31 + 1 colours, white in the middle."""
     scaled = np.clip(frames / limit, -1, 1) if limit > 0 else np.zeros_like(frames)
-    return ((scaled * _LEVELS).round() + _LEVELS).astype(np.uint8)
+    levels: NDArray[np.uint8] = ((scaled * _LEVELS).round() + _LEVELS).astype(np.uint8)
+    return levels
 
 
 def _sheet(frames: NDArray[np.uint8], *, signed: bool = False) -> Sheet:

@@ -222,7 +222,8 @@ def _outside(path: NDArray[Any], lengths: NDArray[Any]) -> str:
     first = int(out.any(axis=(1, 2, 3)).argmax())
     return (
         f"From {lengths[first]:.3f} on, the way leaves the range from black to white (at its end in "
-        f"{percent(round(float(out[-1].mean()), 4))} of the values); pictures are shown clipped to it."
+        f"{percent(round(float(out[-1].mean()), 4))} of the values). Pictures are shown clipped to "
+        "it; answers and curve are those of the way itself."
     )
 
 
@@ -235,16 +236,17 @@ def _curve(one: Arrays, classes: list[str]) -> Chart:
     boundary = f", and is zero at {end:.3f}" if np.isfinite(end) else ""
     curve = chart(
         f"Lead of “{prediction}” over “{target}” along the way",
-        f"The lead falls from {potential[0]:.3f} at the start to {potential[-1]:.3f} after {lengths[-1]:.3f}{boundary}. "
+        f"The lead goes from {potential[0]:.3f} at the start to {potential[-1]:.3f} after "
+        f"{lengths[-1]:.3f}{boundary}. "
         f"The certified radius is {down(radius)}.",
         (float(lengths[0]), float(lengths[-1]), "length moved"),
         (low, high, "lead of the first answer"),
-        width=330,
+        width=380,
         height=200,
     )
     curve.zero = round(float(curve.y.place(0.0)), 1)
     curve.zone(0.0, radius, "certified")
-    curve.legend.append(("certified-zone", "certified: no change possible"))
+    curve.legend.append(("certified-zone", "certified: the answer cannot change"))
     if np.isfinite(end) and end <= lengths[-1]:
         curve.rule(end, "boundary", "boundary found")
     curve.line(lengths, potential, "otnn")

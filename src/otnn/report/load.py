@@ -95,7 +95,9 @@ def _results(run: Path) -> dict[str, Any]:
     file = run / "results.json"
     results = read_json(file)
     if results.get("format") != 1:
-        raise InputError(f"{file}: expected format 1, got {results.get('format')}; make the run again with `otnn train`")
+        raise InputError(
+            f"{file}: expected format 1, got {results.get('format')}; make the run again with `otnn train`"
+        )
     tables = _RESULTS | ({"unconstrained": _NETWORK} if "unconstrained" in results else {})
     for table, names in tables.items():
         entries = results.get(table)
@@ -107,7 +109,35 @@ def _results(run: Path) -> dict[str, Any]:
     for name in ("certified_accuracy", "mean_radius"):
         if name not in results["otnn"]:
             raise InputError(f"{file}: otnn lacks {name}; make it with `otnn certify {run}`")
+    try:
+        _check_numbers(results)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{file}: damaged: a figure is missing or no number; "
+            f"make the run again with `otnn train --out {run} --force`"
+        ) from None
     return results
+
+
+def _check_numbers(results: dict[str, Any]) -> None:
+    """Raise an error of Python where a figure that the page needs is none."""
+    data = results["data"]
+    counts = [*data["input_shape"], data["train"], data["validation"], data["test"]]
+    networks = [results[name] for name in ("otnn", "unconstrained") if name in results]
+    shares = [*data["class_shares"], *results["otnn"]["certified_accuracy"].values()]
+    for network in networks:
+        shares += [network["accuracy"], network["balanced_accuracy"], *network["recall"].values()]
+        counts.append(network["parameters"])
+    sizes = [*map(float, results["otnn"]["certified_accuracy"]), results["otnn"]["mean_radius"]]
+    sizes += [results["otnn"]["lipschitz_bound"], *results.get("seconds", {}).values()]
+    if not (
+        len(data["input_shape"]) == 3
+        and len(data["class_shares"]) == len(data["classes"]) > 0
+        and all(int(count) == count >= 0 for count in counts)
+        and all(0 <= share <= 1 for share in shares)
+        and all(0 <= size < math.inf for size in sizes)
+    ):
+        raise ValueError
 
 
 def _arrays(run: Path, name: str, layout: dict[str, str], command: str) -> Arrays:
@@ -117,7 +147,7 @@ def _arrays(run: Path, name: str, layout: dict[str, str], command: str) -> Array
     if not file.is_file():
         raise InputError(f"{file}: no such file; {mend}")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"{file}: cannot be read ({error}); {mend}") from None
@@ -125,6 +155,10 @@ def _arrays(run: Path, name: str, layout: dict[str, str], command: str) -> Array
     for key, axes in layout.items():
         if key not in arrays:
             raise InputError(f"{file}: the array {key} is missing; {mend}")
+        if arrays[key].dtype.kind not in ("U" if key == "status" else "fiub"):
+            raise InputError(
+                f"{file}: {key}: expected {'text' if key == 'status' else 'numbers'}, got {arrays[key].dtype}; {mend}"
+            )
         shape = arrays[key].shape
         if len(shape) != len(axes) or any(sizes.setdefault(a, s) != s for a, s in zip(axes, shape, strict=True)):
             wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
@@ -140,15 +174,16 @@ def _check_certificates(run: Path, results: dict[str, Any], arrays: Arrays) -> N
     _check_classes(file, results, arrays, ("label", "prediction"), "certify")
     if len(arrays["label"]) != results["data"]["test"]:
         raise InputError(
-            f"{file}: expected the {results['data']['test']} test samples of results.json, got {len(arrays['label'])}; {mend}"
+            f"{file}: expected the {results['data']['test']} test samples of results.json, "
+            f"got {len(arrays['label'])}; {mend}"
         )
-    if not (np.isfinite(arrays["radius"]) & (arrays["radius"] >= 0)).all():
-        raise InputError(f"{file}: expected finite radii >= 0, got others; {mend}")
+    _check_radii(file, arrays, "certify")
     for radius, share in results["otnn"]["certified_accuracy"].items():
         counted = certified_share(arrays, float(radius))
         if abs(counted - share) > 1e-6:
             raise InputError(
-                f"{file}: holds a certified accuracy of {counted:.4f} at radius {radius}, results.json has {share:.4f}; {mend}"
+                f"{file}: holds a certified accuracy of {counted:.4f} at radius {radius}, "
+                f"results.json has {share:.4f}; {mend}"
             )
 
 
@@ -156,17 +191,28 @@ def _check_explanations(run: Path, results: dict[str, Any], arrays: Arrays) -> N
     file = run / "explanations.npz"
     names = ("label", "prediction", "target", *(["unconstrained_prediction"] if "unconstrained" in results else []))
     _check_classes(file, results, arrays, names, "explain")
+    _check_radii(file, arrays, "explain")
+    if not np.isfinite(arrays["images"]).all():
+        raise InputError(f"{file}: expected images of finite values, got others; make it with `otnn explain {run}`")
     shape = tuple(results["data"]["input_shape"])
     if arrays["images"].shape[1:] != shape:
         raise InputError(
             f"{file}: expected images of shape {shape} as in results.json, got {arrays['images'].shape[1:]}; "
             f"make it with `otnn explain {run}`"
         )
-    if arrays["scores"].shape[2] not in (len(results["data"]["classes"]), *([1] * (len(results["data"]["classes"]) == 2))):
+    if arrays["scores"].shape[2] not in (
+        len(results["data"]["classes"]),
+        *([1] * (len(results["data"]["classes"]) == 2)),
+    ):
         raise InputError(
             f"{file}: expected scores of {len(results['data']['classes'])} classes, got {arrays['scores'].shape[2]}; "
             f"make it with `otnn explain {run}`"
         )
+
+
+def _check_radii(file: Path, arrays: Arrays, command: str) -> None:
+    if not (np.isfinite(arrays["radius"]) & (arrays["radius"] >= 0)).all():
+        raise InputError(f"{file}: expected finite radii >= 0, got others; make it with `otnn {command} {file.parent}`")
 
 
 def _check_classes(file: Path, results: dict[str, Any], arrays: Arrays, names: tuple[str, ...], command: str) -> None:
@@ -208,7 +254,7 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(
             f"{file}: cannot be read ({error}); restore the file, or make the run again with `otnn train`"
         ) from None

@@ -17,6 +17,12 @@ from otnn.report.load import RunFiles, certified_share, numbers
 # Radii that the summary names, where the run has them; the first with any certified picture otherwise.
 _HEADLINES = ("0.25", "0.5", "1")
 _BINS = 24
+_LOSSES = {
+    "hkr": "hKR",
+    "one_vs_all_hkr": "one-vs-all hKR",
+    "soft_hkr": "soft hKR",
+    "cross_entropy": "cross-entropy",
+}
 _NETWORKS = {"otnn": "Optimal-transport network", "unconstrained": "Ordinary network"}
 # A path of the machine that trained says nothing to the reader.
 _PRIVATE = ("data.data_dir",)
@@ -24,12 +30,12 @@ _PRIVATE = ("data.data_dir",)
 
 def render(files: RunFiles) -> str:
     """The HTML of the report."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("otnn.report"),
-        autoescape=select_autoescape(("html.j2",), default=True),
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -64,7 +70,9 @@ def context(files: RunFiles) -> dict[str, Any]:
         "seed": results.get("seed"),
         "classes": files.classes,
         "networks": _NETWORKS,
+        "losses": _LOSSES,
         "radii": radii,
+        "values": [row for k, row in enumerate(radii) if k == 0 or radii[k - 1]["share"] > 0],
         "headlines": headlines[:2],
         "certified_chart": certified_chart(files),
         "histogram": histogram(files),
@@ -143,12 +151,14 @@ def histogram(files: RunFiles) -> Chart:
     drawn = chart(
         "Certified radii of right and of wrong predictions",
         "; ".join(
-            f"{group['count']} {group['name']} predictions, median radius {group['median']}" for group in radius_groups(files)
+            f"{group['count']} {group['name']} predictions, median radius {group['median']}"
+            for group in radius_groups(files)
         )
         + ". Right ones stand upwards, wrong ones downwards.",
         (0.0, float(edges[-1]), "certified radius"),
         (-1.1 * most["wrong"], 1.1 * most["right"] or 1.0, "share of the group: right up, wrong down"),
         share=True,
+        unsigned=True,
     )
     for name, sign in (("right", 1), ("wrong", -1)):
         for low, high, share in zip(edges, edges[1:], shares[name], strict=False):
@@ -198,10 +208,10 @@ def training_charts(files: RunFiles) -> list[Chart]:
                 f"Loss during training: {_title(name).lower()}",
                 f"From {finite[0]:.3g} to {finite[-1]:.3g}.",
                 epochs,
-                (low, high, "loss (lower is better; the two networks have different losses)"),
+                (low, high, "loss: lower is better"),
                 height=200,
             )
-            loss.line(s["epoch"], s["loss"], style, _title(name).lower())
+            loss.line(s["epoch"], s["loss"], style)
             charts.append(loss)
     return charts
 

@@ -55,18 +55,20 @@ def evenly(radius: float, shape: Sequence[int]) -> str:
 
 
 def in_one_place(radius: float, channels: int) -> str:
-    """A radius as whole pixels turned from black to white, or as a part of one pixel's range.
+    """A radius as pixels turned all the way from black to white, or as a part of that way for one pixel.
 
     Turning a pixel from black to white changes each of its channels by 1, an L2 norm of sqrt(channels).
 
     Example:
-        >>> in_one_place(2.0, 1), in_one_place(0.5, 1), in_one_place(1.5, 3)
-        ('4.0 pixels from black to white', 'one pixel by 50 % ...', 'one pixel by 86 % ...')
+        >>> in_one_place(2.0, 1), in_one_place(1.0, 1), in_one_place(0.5, 1), in_one_place(1.5, 3)
+        ('4.0 pixels', '1 pixel', '50 % of the way for 1 pixel', '86 % of the way for 1 pixel')
     """
     pixels = radius**2 / channels
+    if 1 <= pixels < 1.05:
+        return "1 pixel"
     if pixels >= 1:
-        return f"{math.floor(pixels * 10) / 10:.1f} pixels from black to white"
-    return f"one pixel by {math.floor(100 * math.sqrt(pixels))} % of the way from black to white"
+        return f"{math.floor(pixels * 10) / 10:.1f} pixels"
+    return f"{math.floor(100 * math.sqrt(pixels))} % of the way for 1 pixel"
 
 
 def interval(share: float, count: int) -> str:

@@ -15,6 +15,10 @@ import tomli_w
 from otnn.errors import InputError
 
 
+# The preset of a data set that is not asked for another; anything else takes "photos".
+_PRESET_OF = {"digits": "digits", "mnist": "fast", "fashion-mnist": "fast"}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and which task on them.
@@ -148,7 +152,7 @@ def load(
     """Compose a configuration: a preset, then a TOML file, then options by dotted name, then "name=value" overrides.
 
     Args:
-        preset: one of `presets()`; by default "digits" for the digits and "fast" for images.
+        preset: one of `presets()`; by default "digits" for the digits, "fast" for MNIST and Fashion-MNIST, else "photos".
         file: a TOML file that names only what it changes.
         options: dotted names and values; None is left out.
         overrides: "training.epochs=30" and the like, values as TOML, or plain text.
@@ -176,7 +180,8 @@ def load(
         merge(changes, _nested(name.strip(), _value(text.strip())))
     if preset is None:
         data = changes.get("data", {})
-        preset = "digits" if isinstance(data, dict) and data.get("name", "digits") == "digits" else "fast"
+        name = data.get("name", "digits") if isinstance(data, dict) else "digits"
+        preset = _PRESET_OF.get(str(name), "photos")
     if preset not in presets():
         raise InputError(f"preset: expected one of {', '.join(presets())}, got {preset!r}")
     text = (resources.files("otnn.run") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
