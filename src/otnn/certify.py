@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from otnn.checks import check_images
-from otnn.errors import InputError
 from otnn.lipschitz import LipschitzBound
-from otnn.models import Classifier, predict
+from otnn.models import Classifier, check_model, predict
 from otnn.potential import class_scores, pair_distances
 
 
@@ -54,8 +53,7 @@ def certify(model: Classifier, inputs: Tensor, body: LipschitzBound, *, batch_si
         (torch.Size([5]), True)
     """
     check_images(inputs, box=True)
-    if model.training:
-        raise InputError("the model is in training mode; call model.eval() before certifying")
+    check_model(model, inputs)
     device = model.head.weight.device
     distances = pair_distances(model, body).to(device)
     parts = [certify_scores(model(batch.to(device)), distances) for batch in inputs.split(batch_size)]

@@ -22,7 +22,7 @@ _SERIES_REACH = 0.9
 class Manifold(Protocol):
     """A set of parameters with a way back to it."""
 
-    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Draw a random point of the given shape."""
         ...
 
@@ -49,13 +49,13 @@ class Stiefel:
         True
     """
 
-    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Draw from the uniform (Haar) law: the orthogonal factor of a Gaussian matrix with the signs fixed."""
         *batch, rows, columns = shape
         gaussian = torch.randn(*batch, max(rows, columns), min(rows, columns), generator=generator).double()
         q, r = torch.linalg.qr(gaussian)
         diagonal = r.diagonal(dim1=-2, dim2=-1)
-        tall: Tensor = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(torch.get_default_dtype())
+        tall: Tensor = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(dtype or torch.get_default_dtype())
         return tall if rows >= columns else tall.mT.contiguous()
 
     def retract(self, point: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ class UnitRows:
         tensor([[0.6000, 0.8000]])
     """
 
-    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Draw each row uniformly on the sphere."""
-        return self.retract(torch.randn(*shape, generator=generator))
+        return self.retract(torch.randn(*shape, generator=generator, dtype=dtype))
 
     def retract(self, point: Tensor) -> Tensor:
         """Divide each row by its norm; a row of zeros becomes the constant row.
@@ -133,9 +133,9 @@ class UnitRows:
 class NonNegative:
     """Numbers >= 0, such as a learned margin."""
 
-    def sample(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Draw uniformly from [0, 1)."""
-        return torch.rand(*shape, generator=generator)
+        return torch.rand(*shape, generator=generator, dtype=dtype)
 
     def retract(self, point: Tensor) -> Tensor:
         """Replace negative numbers by 0.

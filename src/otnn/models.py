@@ -44,6 +44,18 @@ class Classifier(nn.Module):
         return scores
 
 
+def check_model(model: Classifier, inputs: Tensor) -> None:
+    """Refuse a model in training mode, and images of another shape than it was built for.
+
+    Raises:
+        InputError: what does not fit.
+    """
+    if model.training:
+        raise InputError("the model is in training mode; call model.eval() before certifying or explaining")
+    if tuple(inputs.shape[1:]) != model.input_shape:
+        raise InputError(f"inputs: expected images of shape {model.input_shape}, got {tuple(inputs.shape[1:])}")
+
+
 def predict(scores: Tensor) -> Tensor:
     """Decide the class (batch,) from scores (batch, outputs): the sign of one output, the largest of several.
 

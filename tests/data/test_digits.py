@@ -100,7 +100,5 @@ def test_bad_options_are_told(options: dict[str, object], message: str) -> None:
 
 
 def test_import_is_quick() -> None:
-    code = (
-        "import sys, otnn.data; sys.exit(bool({'datasets', 'sklearn', 'pandas', 'rich'} & set(sys.modules)))"
-    )
+    code = "import sys, otnn.data; sys.exit(bool({'datasets', 'sklearn', 'pandas', 'rich'} & set(sys.modules)))"
     assert run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

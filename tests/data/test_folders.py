@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.data.image_makers import make_folder, make_zip, png, save, table
 from sklearn.model_selection import train_test_split
 
 from otnn.data import load
 from otnn.errors import InputError
+from tests.data.image_makers import make_folder, make_zip, png, save, table
 
 
 def colours(images: torch.Tensor) -> list[tuple[int, ...]]:
@@ -94,9 +94,7 @@ def test_a_single_zip_with_and_without_splits(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "both.zip", zip_members("train", 20) | zip_members("test", 4))
     assert len(load(str(path), size=8).test) == 8
     assert len(load(str(tmp_path), size=8).test) == 8
-    flat = make_zip(
-        tmp_path / "flat.zip", {n.replace("/train", ""): b for n, b in zip_members("train", 20).items()}
-    )
+    flat = make_zip(tmp_path / "flat.zip", {n.replace("/train", ""): b for n, b in zip_members("train", 20).items()})
     data = load(str(flat), size=8)
     assert (data.classes, len(data.test)) == (("ants", "bees"), 8)
 
@@ -144,21 +142,15 @@ def test_targets_are_binary_attributes(tmp_path: Path, target: str, positive: ob
 def test_bad_targets_are_told(tmp_path: Path) -> None:
     metadata_zip(tmp_path / "s-train.zip", "train", 40)
     metadata_zip(tmp_path / "s-test.zip", "test", 12)
-    with pytest.raises(
-        InputError, match=r"no attribute 'evn' \(did you mean 'even'\?\); there are even, sign, flag$"
-    ):
+    with pytest.raises(InputError, match=r"no attribute 'evn' \(did you mean 'even'\?\); there are even, sign, flag$"):
         load(str(tmp_path), target="evn")
-    with pytest.raises(
-        InputError, match=r"'weight': expected only 0/1, -1/1 or true/false, got values such as 0, 1,"
-    ):
+    with pytest.raises(InputError, match=r"'weight': expected only 0/1, -1/1 or true/false, got values such as 0, 1,"):
         load(str(tmp_path), target="weight")
 
 
 def test_without_classes_a_target_is_asked_for(tmp_path: Path) -> None:
     rows = [{"file_name": f"{i}.png"} | {f"a{k}": i % 2 for k in range(15)} for i in range(6)]
-    make_zip(
-        tmp_path / "s.zip", {f"{i}.png": png(i, mode="L") for i in range(6)} | {"metadata.csv": table(rows)}
-    )
+    make_zip(tmp_path / "s.zip", {f"{i}.png": png(i, mode="L") for i in range(6)} | {"metadata.csv": table(rows)})
     with pytest.raises(InputError, match=r"15 attributes; pick one with --target: a0, a1, .* and 3 more$"):
         load(str(tmp_path))
 
@@ -191,9 +183,7 @@ def test_bad_metadata_is_told(tmp_path: Path) -> None:
     )
     refuse([*good, good[0]], r"the metadata list 0.png twice")
     refuse([*good[:5], {**good[5], "label": ""}], r"column 'label' is empty for 5.png")
-    refuse(
-        [*good[:5], {**good[5], "label": -1}], r"expected a class name or an integer from 0, got -1 for 5.png"
-    )
+    refuse([*good[:5], {**good[5], "label": -1}], r"expected a class name or an integer from 0, got -1 for 5.png")
     refuse([*good[:5], {**good[5], "label": 0.5}], r"got 0.5 for 5.png")
     refuse([*good[:5], {**good[5], "x": ""}], r"attribute 'x' is empty for 1 of 6 images", target="x")
     refuse([{**row, "x": 0} for row in good], r"class 'x' has 0 samples", target="x")
@@ -205,9 +195,7 @@ def test_bad_metadata_is_told(tmp_path: Path) -> None:
 def test_a_broken_image_is_named_and_skipped_only_on_request(tmp_path: Path) -> None:
     make_folder(tmp_path / "set", {"a": 30, "b": 30})
     (tmp_path / "set" / "b" / "007.png").write_bytes(png(0)[:40])
-    with pytest.raises(
-        InputError, match=r"^set/b/007.png cannot be read as an image \(.*skip it with --skip-broken$"
-    ):
+    with pytest.raises(InputError, match=r"^set/b/007.png cannot be read as an image \(.*skip it with --skip-broken$"):
         load(str(tmp_path / "set"), size=8)
     data = load(str(tmp_path / "set"), size=8, skip_broken=True)
     assert data.skipped == ("set/b/007.png",)

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.data.image_makers import idx_bytes
 
 from otnn.data import load
 from otnn.data.idx import read_idx
 from otnn.errors import InputError
+from tests.data.image_makers import idx_bytes
 
 GENERATOR = np.random.default_rng(0)
 TRAIN = GENERATOR.integers(0, 256, (200, 28, 28), dtype=np.uint8)
@@ -95,9 +95,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: object, message: str) -
         ),
     ],
 )
-def test_sets_that_do_not_fit_are_refused(
-    tmp_path: Path, changed: dict[str, np.ndarray], message: str
-) -> None:
+def test_sets_that_do_not_fit_are_refused(tmp_path: Path, changed: dict[str, np.ndarray], message: str) -> None:
     write_set(tmp_path / "mnist", **changed)
     with pytest.raises(InputError, match=message):
         load("mnist", data_dir=tmp_path)
@@ -111,7 +109,5 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (write_set(tmp_path / "mnist") / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(
-        InputError, match=r"expected t10k-labels-idx1-ubyte.gz or t10k-labels-idx1-ubyte, found"
-    ):
+    with pytest.raises(InputError, match=r"expected t10k-labels-idx1-ubyte.gz or t10k-labels-idx1-ubyte, found"):
         load("mnist", data_dir=tmp_path)

@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.data.image_makers import png, save
 from PIL import Image
 
 from otnn.data import load_images
 from otnn.data.images import BrokenImageError, decode
 from otnn.errors import InputError
+from tests.data.image_makers import png, save
 
 
 def encoded(image: Image.Image, path: Path, **options: object) -> bytes:
@@ -59,9 +59,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 def test_a_large_jpeg_gives_the_colour_of_a_small_one(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 1024).astype(np.uint8)[:, None], (1024, 1024))
     data = encoded(Image.fromarray(ramp), tmp_path / "a.jpg", quality=95)
-    expected = (
-        (np.arange(16) + 0.5) * 255 / 16
-    )  # less up to 2.1 at the ends, where the triangle filter is cut
+    expected = (np.arange(16) + 0.5) * 255 / 16  # less up to 2.1 at the ends, where the triangle filter is cut
     assert decode(data, 16, 16).mean(axis=1) == pytest.approx(expected, abs=2.5)
 
 
@@ -132,9 +130,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     bad.write_bytes(b"junk")
     with pytest.raises(InputError, match=r"absent.png cannot be read as an image \(No such file"):
         load_images([good, tmp_path / "absent.png"], (3, 8, 8))
-    with pytest.raises(
-        InputError, match=r"bad.png cannot be read as an image \(no image format.*; repair it"
-    ):
+    with pytest.raises(InputError, match=r"bad.png cannot be read as an image \(no image format.*; repair it"):
         load_images([good, bad], (3, 8, 8))
     with pytest.raises(InputError, match=r"cannot be read as an image \(Is a directory"):
         load_images([tmp_path], (3, 8, 8))

@@ -7,10 +7,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from tests.data.image_makers import png
 
 from otnn.data import load
 from otnn.errors import InputError
+from tests.data.image_makers import png
 
 
 @pytest.fixture
@@ -28,15 +28,11 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 
 def test_folder_sets_ask_for_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        InputError, match="but OTNN_DATA_DIR is not set; give the folder that holds it with --data-dir"
-    ):
+    with pytest.raises(InputError, match="but OTNN_DATA_DIR is not set; give the folder that holds it with --data-dir"):
         load("celeba10k")
     with pytest.raises(InputError, match="has no folder catdog; give the folder"):
         load("catdog", data_dir=tmp_path)
-    with pytest.raises(
-        InputError, match=r"--data-dir: expected a folder that holds the data sets, got .*absent"
-    ):
+    with pytest.raises(InputError, match=r"--data-dir: expected a folder that holds the data sets, got .*absent"):
         load("mnist", data_dir=tmp_path / "absent")
     monkeypatch.setenv("OTNN_DATA_DIR", str(tmp_path / "gone"))
     with pytest.raises(InputError, match="OTNN_DATA_DIR: expected a folder"):
@@ -46,14 +42,10 @@ def test_folder_sets_ask_for_the_data_folder(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.usefixtures("_unreachable")
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "nobody/nothing-otnn"])
-def test_without_a_network_the_answer_is_quick(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_network_the_answer_is_quick(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     begun = time.monotonic()
-    with pytest.raises(
-        InputError, match="the Hugging Face Hub cannot be reached; connect to the network, or put"
-    ):
+    with pytest.raises(InputError, match="the Hugging Face Hub cannot be reached; connect to the network, or put"):
         load(name)
     assert time.monotonic() - begun < 10
     assert not datasets.config.HF_HUB_OFFLINE
@@ -99,9 +91,7 @@ def test_attributes_and_three_splits_from_the_hub(monkeypatch: pytest.MonkeyPatc
     data = load("org/faces", target="Smiling", size=8)
     assert (len(data.train), len(data.validation), len(data.test)) == (30, 8, 6)
     assert data.test.labels.tolist() == [0, 1] * 3
-    with pytest.raises(
-        InputError, match="org/faces has no classes but 1 attributes; pick one with --target: Smiling"
-    ):
+    with pytest.raises(InputError, match="org/faces has no classes but 1 attributes; pick one with --target: Smiling"):
         load("org/faces")
 
 

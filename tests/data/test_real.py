@@ -21,9 +21,7 @@ def test_idx_sets(real: Find, name: str, mean: float) -> None:
 
 def test_celeba_attributes(real: Find) -> None:
     folder = real("celeba10k")
-    with pytest.raises(
-        InputError, match=r"celeba10k has no classes but 40 attributes; pick one with --target: 5_o_C"
-    ):
+    with pytest.raises(InputError, match=r"celeba10k has no classes but 40 attributes; pick one with --target: 5_o_C"):
         load("celeba10k", data_dir=folder)
     data = load("celeba10k", data_dir=folder, target="Eyeglasses", size=16)
     assert data.classes == ("no Eyeglasses", "Eyeglasses")

@@ -89,13 +89,16 @@ def test_circular_padding_keeps_every_norm() -> None:
 
 def naive_kernel(layer: OrthoConv2d) -> Tensor:
     """mix * [P, I - P] * ... * expand, as dictionaries of taps: (row, column) -> matrix."""
-    stride, inner = layer.stride, layer.projectors.shape[1]
+    stride, inner = layer.stride, max(layer.in_channels, layer.out_channels // layer.stride**2)
+    frames = layer.projectors
+    if frames is None:  # nothing to learn: no taps beyond the block, or projectors of rank 0
+        frames = torch.zeros(2 * (layer.kernel_size - stride), inner, 0, dtype=torch.float64)
     identity = torch.eye(inner, dtype=torch.float64)
     kernel = {(0, 0): identity}
     if layer.mix is not None:
         blocks = layer.mix.detach().view(layer.out_channels, inner, stride, stride)
         kernel = {(i, j): blocks[:, :, i, j] for i in range(stride) for j in range(stride)}
-    for index, frame in enumerate(layer.projectors.detach()):
+    for index, frame in enumerate(frames.detach()):
         projector = frame @ frame.T
         assert (projector @ projector - projector).abs().max() < 1e-13
         first, second = identity - projector, projector
@@ -251,3 +254,19 @@ def test_circular_padding_that_is_let_through_never_amplifies(taps: int, stride:
     layer = exact(2, 9, taps, stride, padding, padding_mode="circular", bias=False)
     basis = torch.eye(2 * size**2, dtype=torch.float64).view(-1, 2, size, size)
     assert norm(layer(basis).flatten(1).T.detach()) <= 1 + 1e-12
+
+
+def test_pairs_are_taken_as_torch_gives_them_if_they_are_square() -> None:
+    layer = OrthoConv2d(2, 4, (3, 3), stride=(2, 2), padding=(1, 1))
+    assert (layer.kernel_size, layer.stride, layer.padding) == (3, 2, 1)
+    with pytest.raises(InputError, match=r"kernel_size: expected one size for both directions, got \(3, 5\)"):
+        OrthoConv2d(2, 4, (3, 5))
+
+
+@pytest.mark.parametrize("layer", [OrthoConv2d(1, 1, 3), OrthoConv2d(2, 4, 1), OrthoConv2d(2, 8, 2, stride=2)])
+def test_every_parameter_is_learned(layer: OrthoConv2d) -> None:
+    """Data-parallel training waits for the gradient of each parameter: there must be none without."""
+    layer(torch.randn(1, layer.in_channels, 6, 6)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.numel(), name
+        assert parameter.grad is not None, name

@@ -28,7 +28,9 @@ from tests.run.conftest import QUICK
 def test_a_run_holds_both_networks_and_honest_results(run: Run) -> None:
     results = run.results()
     pixels, labels = load_digits(return_X_y=True)
-    _, test_pixels, _, test_labels = train_test_split(pixels / 16, labels, test_size=0.2, stratify=labels, random_state=0)
+    _, test_pixels, _, test_labels = train_test_split(
+        pixels / 16, labels, test_size=0.2, stratify=labels, random_state=0
+    )
     images = torch.tensor(test_pixels, dtype=torch.float32).view(-1, 1, 8, 8)
     for name in ("otnn", "unconstrained"):
         prediction = predict(scores_of(run.network(name), images)).numpy()
@@ -75,7 +77,7 @@ def test_one_seed_gives_the_same_networks_and_another_seed_others(trained: Path,
 def test_an_existing_folder_is_refused_and_overwritten_only_with_force(run: Run, tmp_path: Path) -> None:
     quick = config.load(overrides=["training.epochs=1", "model.widths=[8]", "twin=false"])
     before = (run.path / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match="exists already.*--force"):
+    with pytest.raises(InputError, match=r"exists already.*--force"):
         train(quick, run.path, quiet=True)
     assert (run.path / "manifest.json").read_bytes() == before
     assert open_run(train(quick, run.path, force=True, quiet=True).path).config.model.widths == (8,)
@@ -116,9 +118,9 @@ def test_every_loss_trains(tmp_path: Path, name: str) -> None:
 
 def test_a_loss_that_does_not_fit_is_named() -> None:
     shares = torch.full((10,), 0.1)
-    with pytest.raises(InputError, match="loss.name: hkr does not fit 10 classes"):
+    with pytest.raises(InputError, match=r"loss\.name: hkr does not fit 10 classes"):
         make_loss(LossConfig(name="hkr", margin=0.5, hinge_weight=1.0), shares)
-    with pytest.raises(InputError, match="loss.name: expected auto, hkr"):
+    with pytest.raises(InputError, match=r"loss\.name: expected auto, hkr"):
         make_loss(LossConfig(name="mse", margin=0.5, hinge_weight=1.0), shares)
 
 
@@ -166,8 +168,17 @@ def test_an_exploding_loss_stops_with_a_word(tmp_path: Path) -> None:
     split = Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
     dataset = Dataset("made", ("a", "b"), split, split, split, ())
     model = build("dense", dataset.input_shape, 2, widths=(4,))
-    with pytest.raises(FloatingPointError, match="lower training.learning_rate"):
-        fit(model, Broken(), split, split, TrainingConfig(epochs=1, batch_size=4), learning_rate=0.1, constrained=True, seed=0)
+    with pytest.raises(FloatingPointError, match=r"lower training\.learning_rate"):
+        fit(
+            model,
+            Broken(),
+            split,
+            split,
+            TrainingConfig(epochs=1, batch_size=4),
+            learning_rate=0.1,
+            constrained=True,
+            seed=0,
+        )
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
 from otnn.lipschitz import LipschitzBound
-from otnn.models import Classifier, predict
+from otnn.models import Classifier, check_model, predict
 from otnn.potential import nearest_rival, pair_distances, pair_potential
 
 _BISECTIONS = 40
@@ -86,8 +86,7 @@ def counterfactual(
         torch.Size([3, 21, 1, 8, 8])
     """
     check_images(inputs, box=True)
-    if model.training:
-        raise InputError("the model is in training mode; call model.eval() before explaining")
+    check_model(model, inputs)
     if steps < 2:
         raise InputError(f"steps: expected at least 2 images along the path, got {steps}")
     if target is not None:

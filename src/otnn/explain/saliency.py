@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from otnn.checks import check_images, check_labels
-from otnn.errors import InputError
-from otnn.models import Classifier
+from otnn.models import Classifier, check_model
 from otnn.potential import class_scores
 
 
@@ -33,8 +32,7 @@ def saliency(model: Classifier, inputs: Tensor, target: Tensor) -> Tensor:
     """
     check_images(inputs, box=True)
     check_labels(target, len(inputs), model.classes)
-    if model.training:
-        raise InputError("the model is in training mode; call model.eval() before explaining")
+    check_model(model, inputs)
     inputs = inputs.detach().requires_grad_()
     scores = model(inputs)
     factor = 2 if scores.shape[1] == 1 else 1  # class_scores halves z

@@ -12,6 +12,8 @@ from otnn.checks import check_labels
 from otnn.errors import InputError
 
 Margin = float | Tensor
+KR_FORMS = ("soft", "one_vs_all")
+HINGE_FORMS = ("joint", "separate")
 
 
 def kr(scores: Tensor, labels: Tensor, *, prior: float | None = None, center: Margin = 0.0) -> Tensor:
@@ -64,6 +66,10 @@ def hinge(scores: Tensor, labels: Tensor, *, margin: Margin = 1.0, sample_weight
     scores, positive, _ = _binary(scores, labels, 0.5)
     _check_margin(margin)
     signed = torch.where(positive, scores, -scores)
+    if sample_weight is not None and sample_weight.shape != signed.shape:
+        raise InputError(
+            f"sample_weight: expected one per sample, shape {tuple(signed.shape)}, got {tuple(sample_weight.shape)}"
+        )
     return _weighted_mean((margin - signed).clamp(min=0), sample_weight)
 
 
@@ -204,25 +210,20 @@ def soft_hkr(
     """
     one_hot = _one_hot(scores, labels)
     _check_margin(margin)
-    if kr_form not in ("soft", "one_vs_all"):
-        raise InputError(f'kr_form: expected "soft" or "one_vs_all", got {kr_form!r}')
-    if hinge_form not in ("joint", "separate"):
-        raise InputError(f'hinge_form: expected "joint" or "separate", got {hinge_form!r}')
-    if alpha is not None and not 0 < alpha < 1:
-        raise InputError(f"alpha: expected the share of each class inside its margin, in (0, 1), got {alpha}")
+    check_soft(alpha, temperature, kr_form, hinge_form)
     weight = resolve_hinge_weight(hinge_weight, alpha)
     priors = _priors(one_hot, priors)
     rivals = rival_weights(scores, one_hot, temperature, detach=detach_weights)
-    own = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
+    own = scores[one_hot]
     soft_margin = (own - (rivals * scores).sum(dim=1)) / 2
-    margins = torch.as_tensor(margin, device=scores.device, dtype=scores.dtype).expand(scores.shape[1])[labels]
+    margins = torch.as_tensor(margin, device=scores.device, dtype=scores.dtype).expand(scores.shape[1])[labels.long()]
     if hinge_form == "joint":
         violation = (margins - soft_margin).clamp(min=0)
     else:
         rival_violation = (margins.unsqueeze(1) + scores).clamp(min=0)
         violation = (margins - own).clamp(min=0) + (rivals * rival_violation).sum(dim=1)
     penalty = violation if alpha is None else violation - alpha * margins
-    balanced = 1 / (scores.shape[1] * priors[labels])
+    balanced = 1 / (scores.shape[1] * priors[labels.long()])
     if kr_form == "one_vs_all":
         return _kr_one_vs_all(scores, one_hot, priors, center) + weight * _weighted_mean(penalty, balanced)
     return _weighted_mean(weight * penalty - 2 * soft_margin, balanced)
@@ -247,9 +248,8 @@ def temperature_cross_entropy(scores: Tensor, labels: Tensor, *, temperature: fl
         tensor(0.3466)
     """
     _one_hot(scores, labels)
-    if not temperature > 0:
-        raise InputError(f"temperature: expected a number > 0, got {temperature}")
-    return F.cross_entropy(temperature * scores, labels) / temperature
+    check_temperature(temperature)
+    return F.cross_entropy(temperature * scores, labels.long()) / temperature
 
 
 def rival_weights(scores: Tensor, one_hot: Tensor, temperature: Margin, *, detach: bool) -> Tensor:
@@ -273,6 +273,31 @@ def resolve_hinge_weight(hinge_weight: float | None, alpha: float | None) -> flo
     if not 0 <= hinge_weight < float("inf"):
         raise InputError(f"hinge_weight: expected a finite number >= 0, got {hinge_weight}")
     return hinge_weight
+
+
+def check_temperature(temperature: Margin) -> None:
+    """Refuse a temperature that is not a finite number > 0.
+
+    Raises:
+        InputError: see above.
+    """
+    if not 0 < float(temperature) < float("inf"):
+        raise InputError(f"temperature: expected a finite number > 0, got {float(temperature)}")
+
+
+def check_soft(alpha: float | None, temperature: Margin, kr_form: str, hinge_form: str) -> None:
+    """Refuse settings of `soft_hkr` that it does not have.
+
+    Raises:
+        InputError: the setting that does not fit.
+    """
+    if kr_form not in KR_FORMS:
+        raise InputError(f'kr_form: expected "soft" or "one_vs_all", got {kr_form!r}')
+    if hinge_form not in HINGE_FORMS:
+        raise InputError(f'hinge_form: expected "joint" or "separate", got {hinge_form!r}')
+    if alpha is not None and not 0 < alpha < 1:
+        raise InputError(f"alpha: expected the share of each class inside its margin, in (0, 1), got {alpha}")
+    check_temperature(temperature)
 
 
 def check_alpha(alpha: float, prior: float) -> None:
@@ -315,7 +340,7 @@ def _one_hot(scores: Tensor, labels: Tensor) -> Tensor:
             "a single output takes the binary losses"
         )
     check_labels(labels, len(scores), scores.shape[1])
-    return F.one_hot(labels, scores.shape[1]).bool()
+    return F.one_hot(labels.long(), scores.shape[1]).bool()
 
 
 def _priors(one_hot: Tensor, priors: Tensor | None) -> Tensor:

@@ -48,18 +48,21 @@ class _RunningMean(nn.Module):
         self.register_buffer("value", torch.zeros(size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
+    def forward(self) -> Tensor:
+        """Return the mean of the batches so far, which does not depend on the next one; 0 before the first."""
+        return self.value / (1 - _MOMENTUM**self.steps).clamp(min=1e-12)
+
     @torch.no_grad()
-    def forward(self, batch_values: Tensor) -> Tensor:
-        """Return the mean *before* this batch, so that it does not depend on the batch, then move it."""
-        before = self.value / (1 - _MOMENTUM**self.steps).clamp(min=1e-12)
-        if self.training:
-            batch_values = batch_values.detach().to(self.value.dtype)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(batch_values)
-                batch_values = batch_values / dist.get_world_size()
-            self.value.lerp_(batch_values, 1 - _MOMENTUM)
-            self.steps += 1
-        return before.to(batch_values.dtype)
+    def update(self, batch_values: Tensor) -> None:
+        """Take a batch in, in `train()` mode only; values that are not finite are left out."""
+        if not self.training:
+            return
+        batch_values = batch_values.detach().to(self.value.dtype)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(batch_values)
+            batch_values = batch_values / dist.get_world_size()
+        self.value.lerp_(torch.where(torch.isfinite(batch_values), batch_values, self.value), 1 - _MOMENTUM)
+        self.steps += 1
 
 
 class _MarginLoss(Loss):
@@ -79,8 +82,11 @@ class _MarginLoss(Loss):
         else:
             if alpha is not None:
                 raise InputError("expected margin= for a fixed margin or alpha= for a learned one, got both")
-            L._check_margin(torch.as_tensor(margin))
-            self.register_buffer("margin", torch.as_tensor(margin, dtype=torch.float32))
+            fixed = torch.as_tensor(margin, dtype=torch.get_default_dtype())
+            L._check_margin(fixed)
+            if fixed.ndim and fixed.shape != (margins,):
+                raise InputError(f"margin: expected one number or {margins}, got {fixed.numel()}")
+            self.register_buffer("margin", fixed)
 
     def _usable_margin(self) -> Tensor:
         """The margin; inside a step of a line search, before it is retracted, a learned one may be negative."""
@@ -101,8 +107,9 @@ class KRLoss(Loss):
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch,) or (batch, 1) scores."""
-        center = self.running_mean(scores.mean().view(1))
-        return L.kr(scores, labels, prior=self.prior, center=center)
+        loss = L.kr(scores, labels, prior=self.prior, center=self.running_mean().to(scores.dtype))
+        self.running_mean.update(scores.mean().view(1))
+        return loss
 
 
 class HingeLoss(Loss):
@@ -168,20 +175,21 @@ class HKRLoss(_MarginLoss):
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch,) or (batch, 1) scores."""
-        center = self.running_mean(scores.mean().view(1))
         weight = None
         if self.balanced:
             weight = torch.where(labels == 1, 0.5 / self.prior, 0.5 / (1 - self.prior))
-        return L.hkr(
+        loss = L.hkr(
             scores,
             labels,
             margin=self._usable_margin(),
             hinge_weight=self.hinge_weight,
             alpha=self.alpha,
             prior=self.prior,
-            center=center,
+            center=self.running_mean().to(scores.dtype),
             sample_weight=weight,
         )
+        self.running_mean.update(scores.mean().view(1))
+        return loss
 
 
 class OneVsAllHKRLoss(_MarginLoss):
@@ -210,20 +218,22 @@ class OneVsAllHKRLoss(_MarginLoss):
         self.hinge_weight = L.resolve_hinge_weight(hinge_weight, alpha)
         if alpha is not None:
             L.check_alpha(alpha, float(torch.minimum(priors, 1 - priors).min()))
-        self.register_buffer("priors", priors.float())
+        self.register_buffer("priors", priors.double())
         self.running_mean = _RunningMean(len(priors))
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch, classes) scores."""
-        return L.one_vs_all_hkr(
+        loss = L.one_vs_all_hkr(
             scores,
             labels,
             margin=self._usable_margin(),
             hinge_weight=self.hinge_weight,
             alpha=self.alpha,
             priors=self.priors,
-            center=self.running_mean(scores.mean(dim=0)),
+            center=self.running_mean().to(scores.dtype),
         )
+        self.running_mean.update(scores.mean(dim=0))
+        return loss
 
 
 class SoftHKRLoss(_MarginLoss):
@@ -266,11 +276,10 @@ class SoftHKRLoss(_MarginLoss):
     ) -> None:
         super().__init__(margin, alpha, len(priors))
         self.hinge_weight = L.resolve_hinge_weight(hinge_weight, alpha)
-        if not temperature > 0:
-            raise InputError(f"temperature: expected a number > 0, got {temperature}")
+        L.check_soft(alpha, temperature, kr_form, hinge_form)
         self.temperature, self.kr_form, self.hinge_form = temperature, kr_form, hinge_form
         self.detach_weights = detach_weights
-        self.register_buffer("priors", priors.float())
+        self.register_buffer("priors", priors.double())
         self.running_mean = _RunningMean(len(priors))
         self.running_scale = _RunningMean(1) if adaptive_temperature else None
 
@@ -280,9 +289,9 @@ class SoftHKRLoss(_MarginLoss):
         if self.running_scale is not None:
             # the first batch has no mean yet: its own scale stands in
             scale = scores.detach().abs().mean().view(1)
-            seen = self.running_scale.steps > 0
-            temperature = temperature / torch.where(seen, self.running_scale(scale), scale).clamp(min=0.005)
-        return L.soft_hkr(
+            scale = torch.where(self.running_scale.steps > 0, self.running_scale(), scale)
+            temperature = temperature / scale.clamp(min=0.005)
+        loss = L.soft_hkr(
             scores,
             labels,
             margin=self._usable_margin(),
@@ -290,11 +299,15 @@ class SoftHKRLoss(_MarginLoss):
             alpha=self.alpha,
             temperature=temperature,
             priors=self.priors,
-            center=self.running_mean(scores.mean(dim=0)),
+            center=self.running_mean().to(scores.dtype),
             kr_form=self.kr_form,
             hinge_form=self.hinge_form,
             detach_weights=self.detach_weights,
         )
+        self.running_mean.update(scores.mean(dim=0))
+        if self.running_scale is not None:
+            self.running_scale.update(scores.abs().mean().view(1))
+        return loss
 
 
 class TemperatureCrossEntropyLoss(Loss):
@@ -306,8 +319,7 @@ class TemperatureCrossEntropyLoss(Loss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature: expected a number > 0, got {temperature}")
+        L.check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:

@@ -28,8 +28,6 @@ def maxmin(inputs: Tensor, dim: int = 1) -> Tensor:
     """
     if inputs.shape[dim] % 2:
         raise InputError(f"MaxMin sorts pairs: expected an even size along dimension {dim}, got {inputs.shape[dim]}")
-    if not (inputs.requires_grad and torch.is_grad_enabled()):
-        return _sort_pairs(inputs, dim)
     return _differentiable_maxmin(inputs, dim)[0]
 
 
@@ -76,12 +74,18 @@ class _MaxMin(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
         ctx.dim = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return _swap(gradient, kept, ctx.dim), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return _swap(tangent, kept, ctx.dim), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, dim: int) -> tuple[Any, Any]:
@@ -112,6 +116,11 @@ class _Swap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
         return _swap(gradient, kept, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        return _swap(tangent, kept, ctx.dim)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, inputs: Tensor, kept: Tensor, dim: int) -> tuple[Tensor, int]:

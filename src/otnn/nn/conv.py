@@ -17,7 +17,7 @@ class OrthoConv2d(nn.Module):
     1. `expand`, a 1x1 isometry from in_channels to c = max(in_channels, out_channels // s^2), absent
        if c = in_channels;
     2. 2 (k - s) two-tap filters [P, I - P], alternately along width and height, with orthogonal projectors
-       P = U U^T of rank c // 2 from `projectors`: each is orthogonal at every frequency;
+       P = U U^T of rank c // 2 from `projectors` (absent if k = s or c = 1): each is orthogonal at every frequency;
     3. `mix`, a semi-orthogonal matrix from c s^2 channels of an s x s block to out_channels, absent if s = 1 and
        `expand` is there (one would absorb the other).
 
@@ -29,9 +29,9 @@ class OrthoConv2d(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: k >= stride.
-        stride: s >= 1.
-        padding: pixels on each side.
+        kernel_size: k >= stride; a pair must be square.
+        stride: s >= 1; likewise.
+        padding: pixels on each side; likewise.
         bias: learn a bias.
         padding_mode: "zeros", or "circular" where no output pixel may see a wrapped pixel twice.
 
@@ -49,15 +49,18 @@ class OrthoConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
         bias: bool = True,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        kernel_size = _square("kernel_size", kernel_size)
+        stride = _square("stride", stride)
+        padding = _square("padding", padding)
         if min(in_channels, out_channels, kernel_size, stride) < 1 or padding < 0:
             raise InputError(
                 "expected in_channels, out_channels, kernel_size, stride >= 1 and padding >= 0, got "
@@ -81,7 +84,8 @@ class OrthoConv2d(nn.Module):
         def matrix(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self.projectors = matrix(2 * (kernel_size - stride), inner, inner // 2)
+        taps = 2 * (kernel_size - stride)
+        self.projectors = matrix(taps, inner, inner // 2) if taps and inner > 1 else None
         self.expand = matrix(inner, in_channels) if inner > in_channels else None
         absorbed = stride == 1 and inner > in_channels
         self.mix = None if absorbed else matrix(out_channels, inner * stride**2)
@@ -96,7 +100,7 @@ class OrthoConv2d(nn.Module):
         """Draw every factor from the uniform law and set the bias to 0."""
         for name, manifold in self.manifolds.items():
             parameter = self.get_parameter(name)
-            parameter.copy_(manifold.sample(*parameter.shape))
+            parameter.copy_(manifold.sample(*parameter.shape, dtype=parameter.dtype))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -104,15 +108,16 @@ class OrthoConv2d(nn.Module):
     def weight(self) -> Tensor:
         """The kernel (out_channels, in_channels, kernel_size, kernel_size), composed from its factors."""
         s = self.stride
-        inner = self.projectors.shape[1]
-        if self.mix is None:
-            kernel = torch.eye(inner, device=self.projectors.device, dtype=self.projectors.dtype).view(
-                1, 1, inner, inner
-            )
+        if self.mix is not None:
+            kernel = self.mix.view(self.out_channels, -1, s, s).permute(2, 3, 0, 1)
         else:
-            kernel = self.mix.view(self.out_channels, inner, s, s).permute(2, 3, 0, 1)
+            expand = self.get_parameter("expand")
+            kernel = torch.eye(self.out_channels, device=expand.device, dtype=expand.dtype)[None, None]
+        frames: Tensor | None = self.projectors
+        if frames is None:  # one channel: projectors of rank 0, that is mere shifts
+            frames = kernel.new_empty(2 * (self.kernel_size - s), kernel.shape[3], 0)
         # kernel: (height, width, out_channels, inner), multiplied from the right by one two-tap filter at a time
-        for index, frame in enumerate(self.projectors):
+        for index, frame in enumerate(frames):
             # padding is given from the last dimension: two of channels, then the width, then the height
             skipped = [0, 0, 0, 0] if index % 2 == 0 else [0, 0, 0, 0, 0, 0]
             here, there = F.pad(kernel, [*skipped, 0, 1]), F.pad(kernel, [*skipped, 1, 0])
@@ -155,3 +160,11 @@ class OrthoConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, padding_mode={self.padding_mode}, bias={self.bias is not None}"
         )
+
+
+def _square(name: str, size: int | tuple[int, int]) -> int:
+    """One number for both directions, as torch's pairs may give it."""
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sizes) != 2 or sizes[0] != sizes[1]:
+        raise InputError(f"{name}: expected one size for both directions, got {size}")
+    return sizes[0]

@@ -28,7 +28,7 @@ class _ManifoldLinear(nn.Linear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weight from the manifold's uniform law and set the bias to 0."""
-        self.weight.copy_(self.manifold.sample(self.out_features, self.in_features))
+        self.weight.copy_(self.manifold.sample(self.out_features, self.in_features, dtype=self.weight.dtype))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -95,7 +95,13 @@ class Centering(nn.Module):
         self.register_buffer("mean", mean.detach().clone())
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs - mean."""
+        """Return inputs - mean.
+
+        Raises:
+            InputError: another number of channels, which would repeat one of them.
+        """
+        if inputs.ndim < 2 or inputs.shape[1] != len(self.mean):
+            raise InputError(f"expected (batch, {len(self.mean)} channels, ...), got {tuple(inputs.shape)}")
         return inputs - self.mean.view(-1, *[1] * (inputs.ndim - 2))
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """Configuration of a run: dataclasses, presets, TOML files and `--set` overrides, checked where they enter."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -13,7 +14,10 @@ from typing import Any
 import tomli_w
 
 from otnn.errors import InputError
+from otnn.losses.functional import HINGE_FORMS, KR_FORMS
+from otnn.models import ARCHITECTURES
 
+LOSSES = ("auto", "hkr", "one_vs_all_hkr", "soft_hkr", "cross_entropy")
 
 # The preset of a data set that is not asked for another; anything else takes "photos".
 _PRESET_OF = {"digits": "digits", "mnist": "fast", "fashion-mnist": "fast"}
@@ -131,6 +135,18 @@ class Config:
             raise InputError(f"training.shift: expected a number of pixels >= 0, got {training.shift}")
         if training.batch_size < 2:
             raise InputError("training.batch_size: expected at least 2, got 1: batch normalisation needs two samples")
+        if not (math.isfinite(training.learning_rate) and math.isfinite(training.twin_learning_rate)):
+            raise InputError("training.learning_rate: expected finite numbers > 0")
+        for name, value, known in (
+            ("model.architecture", self.model.architecture, ARCHITECTURES),
+            ("loss.name", self.loss.name, LOSSES),
+            ("loss.kr_form", self.loss.kr_form, KR_FORMS),
+            ("loss.hinge_form", self.loss.hinge_form, HINGE_FORMS),
+        ):
+            if value not in known:
+                raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if self.loss.alpha is not None and not 0 < self.loss.alpha < 1:
+            raise InputError(f"loss.alpha: expected a share in (0, 1), got {self.loss.alpha}")
         if self.loss.margin is None and self.loss.alpha is None and self.loss.name != "cross_entropy":
             raise InputError(
                 "loss: expected margin, or alpha for a learned margin, got neither; use --set loss.margin=0.5"
@@ -152,7 +168,7 @@ def load(
     """Compose a configuration: a preset, then a TOML file, then options by dotted name, then "name=value" overrides.
 
     Args:
-        preset: one of `presets()`; by default "digits" for the digits, "fast" for MNIST and Fashion-MNIST, else "photos".
+        preset: one of `presets()`; by default the one that suits the data set.
         file: a TOML file that names only what it changes.
         options: dotted names and values; None is left out.
         overrides: "training.epochs=30" and the like, values as TOML, or plain text.

@@ -157,7 +157,7 @@ def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
     """The loss of the OTNN, with the priors of the training split.
 
     Raises:
-        InputError: a loss that does not fit the number of classes, or an unknown one.
+        InputError: a loss that does not fit the number of classes.
     """
     name = config.name
     if name == "auto":
@@ -179,9 +179,7 @@ def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
             kr_form=config.kr_form,
             hinge_form=config.hinge_form,
         )
-    if name == "cross_entropy":
-        return losses.TemperatureCrossEntropyLoss(config.temperature)
-    raise InputError(f"loss.name: expected auto, hkr, one_vs_all_hkr, soft_hkr or cross_entropy, got {config.name!r}")
+    return losses.TemperatureCrossEntropyLoss(config.temperature)
 
 
 class _BinaryCrossEntropy(nn.BCEWithLogitsLoss):
