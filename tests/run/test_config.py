@@ -105,7 +105,6 @@ def test_alpha_takes_the_place_of_the_margin_of_the_preset() -> None:
         ("model.widths=64", "model.widths: expected a list, got 64"),
         ("model.widths=[64, 3.5]", "model.widths: expected int, got 3.5"),
         ('model.widths=["a"]', "model.widths: expected int, got 'a'"),
-        ("data.classes=0,8", "data.classes: expected a list, got '0,8'"),
         ("data.name=true", "data.name: expected str, got True"),
         ("seed=zero", "seed: expected int, got 'zero'"),
         ("training.epochs=0", "training.epochs: expected a number > 0, got 0"),

@@ -13,7 +13,7 @@ from otnn.files import write_npz, write_whole
 from otnn.lipschitz import bound
 from otnn.run.folder import Run
 from otnn.run.progress import status
-from otnn.run.train import load_dataset
+from otnn.run.train import dataset_of
 
 # L2 radii in [0, 1] pixel units; 0.1412 is 36/255 rounded up.
 RADII = (0.0, 0.1, 0.1412, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -32,7 +32,7 @@ def certify_run(run: Run, *, dataset: Dataset | None = None, device: str | torch
     """
     start = time.perf_counter()
     with status(f"certifying {run.path}"):
-        dataset = dataset or load_dataset(run.config.data)
+        dataset = dataset or dataset_of(run)
         model = run.network("otnn", device)
         body = bound(model.body)
         certificate = certify(model, dataset.test.images, body)

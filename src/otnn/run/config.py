@@ -131,6 +131,10 @@ class Config:
                 raise InputError(f"training.{name}: expected a number > 0, got {getattr(training, name)}")
         if not 0 < training.warmup_share < 1:
             raise InputError(f"training.warmup_share: expected a share in (0, 1), got {training.warmup_share}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed: expected a whole number in 0..2**63-1, got {self.seed}")
+        if not 0 <= training.radius < math.inf:
+            raise InputError(f"training.radius: expected a finite number >= 0, got {training.radius}")
         if training.shift < 0:
             raise InputError(f"training.shift: expected a number of pixels >= 0, got {training.shift}")
         if training.batch_size < 2:
@@ -180,34 +184,37 @@ def load(
         >>> load(overrides=["training.epochs=3"]).training.epochs
         3
     """
-    changes: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
     if file is not None:
         try:
-            merge(changes, tomllib.loads(file.read_text(encoding="utf-8")))
+            layers.append(tomllib.loads(file.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"{file}: cannot be read as a TOML configuration: {error}") from None
+    given: dict[str, Any] = {}
     for name, value in (options or {}).items():
         if value is not None:
-            merge(changes, _nested(name, value))
+            merge(given, _nested(name, value))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise InputError(f'--set {override}: expected name=value, such as "training.epochs=30"')
-        merge(changes, _nested(name.strip(), _value(text.strip())))
+        merge(given, _nested(name.strip(), _value(text.strip())))
+    layers.append(given)
     if preset is None:
-        data = changes.get("data", {})
-        name = data.get("name", "digits") if isinstance(data, dict) else "digits"
-        preset = _PRESET_OF.get(str(name), "photos")
+        names = [layer["data"].get("name") for layer in layers if isinstance(layer.get("data"), dict)]
+        chosen = next((str(name) for name in reversed(names) if name is not None), "digits")
+        preset = _PRESET_OF.get(chosen, "photos")
     if preset not in presets():
         raise InputError(f"preset: expected one of {', '.join(presets())}, got {preset!r}")
     text = (resources.files("otnn.run") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
-    result = tomllib.loads(text)
-    loss = changes.get("loss")
-    if isinstance(loss, dict) and "alpha" in loss and "margin" not in loss:
-        # alpha asks for a learned margin: the preset's fixed one gives way, and its hinge weight with it
-        for name in ("margin", "hinge_weight"):
-            result.get("loss", {}).pop(name, None)
-    merge(result, changes)
+    result: dict[str, Any] = {}
+    for layer in (tomllib.loads(text), *layers):
+        loss = layer.get("loss")
+        if isinstance(loss, Mapping) and "alpha" in loss and "margin" not in loss:
+            # alpha asks for a learned margin: a fixed one said earlier gives way, and its hinge weight with it
+            for name in ("margin", "hinge_weight"):
+                result.get("loss", {}).pop(name, None)
+        merge(result, layer)
     config: Config = from_mapping(Config, result)
     return config
 
@@ -278,6 +285,8 @@ def _converted(hint: Any, value: Any, path: str) -> Any:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
         if not isinstance(value, list | tuple):
             raise InputError(f"{path}: expected a list, got {value!r}")
         return tuple(_converted(typing.get_args(hint)[0], entry, path) for entry in value)

@@ -8,7 +8,7 @@ from otnn.run.certify import certify_run
 from otnn.run.config import Config
 from otnn.run.explain import explain_gallery
 from otnn.run.folder import Run
-from otnn.run.train import load_dataset, train
+from otnn.run.train import dataset_of, train
 
 
 def run_all(config: Config, out: Path, *, force: bool = False, device: str = "auto") -> Run:
@@ -19,7 +19,7 @@ def run_all(config: Config, out: Path, *, force: bool = False, device: str = "au
     """
     start = time.perf_counter()
     run = train(config, out, force=force, device=device)
-    dataset = load_dataset(run.config.data)
+    dataset = dataset_of(run)
     certify_run(run, dataset=dataset)
     explain_gallery(run, dataset=dataset)
     run.update_results({"seconds": {"total": round(time.perf_counter() - start, 3)}})

@@ -20,7 +20,7 @@ from otnn.report.pictures import explanation_picture
 from otnn.run.fit import scores_of
 from otnn.run.folder import Run
 from otnn.run.progress import status
-from otnn.run.train import load_dataset
+from otnn.run.train import dataset_of
 
 GALLERY = 12
 STEPS = 21
@@ -39,7 +39,7 @@ def explain_gallery(run: Run, *, dataset: Dataset | None = None, size: int = GAL
     """
     start = time.perf_counter()
     with status(f"explaining {run.path}"):
-        dataset = dataset or load_dataset(run.config.data)
+        dataset = dataset or dataset_of(run)
         index = choose_gallery(run, dataset.test, size)
         arrays = explain_images(run, dataset.test.images[index])
         arrays["label"] = dataset.test.labels[index].numpy()

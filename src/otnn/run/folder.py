@@ -156,6 +156,7 @@ def save_run(
     folder: Path,
     config: Config,
     model: Mapping[str, Any],
+    data: str,
     networks: Mapping[str, nn.Module],
     bounds: Mapping[str, Any],
     results: Mapping[str, Any],
@@ -171,6 +172,7 @@ def save_run(
         "format": FORMAT,
         "otnn": __version__,
         "model": dict(model),
+        "data": data,
         "bounds": dict(bounds),
         "files": {name: sha256(folder / name) for name in files},
     }

@@ -1,6 +1,7 @@
 """The first stage: data and configuration to a run folder with trained networks."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import platform
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from otnn import __version__, losses
-from otnn.data import Dataset, Split, load
+from otnn.data import KNOWN, Dataset, Split, load
 from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.models import Classifier, build, default_widths, parameter_count, predict
@@ -97,8 +98,18 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
         }
         bounds = {"otnn": {"constant": body.constant, "layers": dict(body.layers)}}
         (folder / "networks").mkdir(exist_ok=True)
-        save_run(folder, config, model_description, networks, bounds, results)
+        save_run(folder, resolved(config, widths), model_description, fingerprint(dataset), networks, bounds, results)
     return open_run(out)
+
+
+def resolved(config: Config, widths: Sequence[int]) -> Config:
+    """The configuration as it was used: chosen widths written out, local paths absolute."""
+    data = config.data
+    if data.name not in KNOWN and Path(data.name).exists():
+        data = dataclasses.replace(data, name=str(Path(data.name).absolute()))
+    if data.data_dir is not None:
+        data = dataclasses.replace(data, data_dir=str(Path(data.data_dir).absolute()))
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, widths=tuple(widths)))
 
 
 def train_network(
@@ -138,6 +149,32 @@ def train_network(
         )
     if isinstance(loss, losses.Loss):
         loss.warn_at_zero_margin()
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the classes and the test split: whether figures of one run speak of the same images."""
+    digest = hashlib.sha256(json.dumps(dataset.classes).encode())
+    digest.update(dataset.test.labels.numpy().tobytes())
+    digest.update(dataset.test.images.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def dataset_of(run: Run) -> Dataset:
+    """Load the data set that a run was trained on.
+
+    Raises:
+        InputError: the data are not there, or their classes or test images have changed since.
+    """
+    try:
+        dataset = load_dataset(run.config.data)
+    except InputError as error:
+        raise InputError(f"the data of this run cannot be loaded again: {error}") from None
+    if fingerprint(dataset) != run.manifest["data"]:
+        raise InputError(
+            f"the data {run.config.data.name} have changed since {run.path} was trained: other classes or test images; "
+            "bring the data back, or train again"
+        )
+    return dataset
 
 
 def load_dataset(config: DataConfig) -> Dataset:
