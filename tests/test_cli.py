@@ -116,6 +116,34 @@ def test_an_existing_folder_is_kept_without_force(otnn: Callable[..., tuple], tm
     assert "missing.png" in err
 
 
+def test_names_with_brackets_are_names(otnn: Callable[..., tuple], tmp_path: Path) -> None:
+    """Square brackets are markup to some consoles."""
+    for name in ("[red]", "[", "plain"):
+        (tmp_path / "data[bold]" / name).mkdir(parents=True)
+        for k in range(10):
+            Image.new("L", (8, 8), 80 * (name == "[") + 10 * k).save(tmp_path / "data[bold]" / name / f"{k}.png")
+    tiny = ("--set", "training.epochs=1", "--set", "model.widths=[8]", "--preset", "digits", "--size", "8")
+    code, out, _ = otnn("train", "--data", "data[bold]", "--out", "run[x]", "--no-twin", *tiny)
+    assert code == 0
+    assert "data[bold]" in out
+    assert "otnn certify 'run[x]'" in out
+
+
+def test_what_cannot_be_written_is_one_sentence(
+    otnn: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert otnn("train", "--out", "run", "--no-twin", *QUICK)[0] == 0
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "run/results.json")
+
+    monkeypatch.setattr("otnn.files.os.replace", refuse)
+    code, _, err = otnn("certify", "run")
+    assert code == 2
+    assert "otnn: run/results.json: Permission denied; check the path and its permissions" in err
+    assert "Traceback" not in err
+
+
 def test_version_and_help(otnn: Callable[..., tuple]) -> None:
     from otnn import __version__
 

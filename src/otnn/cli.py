@@ -1,10 +1,12 @@
 """The command line: one command a stage, each from files to files of one run folder."""
 
 import json
+import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +14,9 @@ from rich.table import Table
 
 from otnn import __version__
 from otnn.errors import InputError
+
+if TYPE_CHECKING:
+    from otnn.run.config import Config
 
 app = typer.Typer(
     name="otnn",
@@ -21,12 +26,29 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_out = Console(soft_wrap=False, highlight=False)
+_out = Console(soft_wrap=False, highlight=False, markup=False)
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, as `otnn train` makes it.", metavar="RUN")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing run folder.")]
+Data = Annotated[
+    str | None, typer.Option(help="digits, mnist, fashion-mnist, ..., a folder, a zip or a Hugging Face name.")
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(help="Classes of the task by name or index, with commas: 0,8 (index for names with commas)."),
+]
+Target = Annotated[str | None, typer.Option(help="An attribute column, for a binary task.")]
+Size = Annotated[int | None, typer.Option(help="Pixels of a side.")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read, and name them.")]
+Preset = Annotated[str | None, typer.Option(help="A named configuration: digits, fast or photos.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the training.")]
+NoTwin = Annotated[bool, typer.Option("--no-twin", help="Do not train the unconstrained twin.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of local data sets (or OTNN_DATA_DIR).", metavar="DIR")]
 
 
@@ -48,48 +70,30 @@ def _main(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="The run folder to make.", metavar="DIR")],
-    data: Annotated[
-        str | None, typer.Option(help="digits, mnist, fashion-mnist, ..., a folder, a zip or a Hugging Face name.")
-    ] = None,
+    data: Data = None,
     data_dir: DataDir = None,
-    classes: Annotated[str | None, typer.Option(help="Classes of the task by name or index: 0,8.")] = None,
-    target: Annotated[str | None, typer.Option(help="An attribute column, for a binary task.")] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
-    preset: Annotated[str | None, typer.Option(help="A named configuration, such as fast.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
-    no_twin: Annotated[bool, typer.Option("--no-twin", help="Do not train the unconstrained twin.")] = False,
+    classes: Classes = None,
+    target: Target = None,
+    size: Size = None,
+    skip_broken: SkipBroken = False,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    no_twin: NoTwin = False,
     device: Device = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an OTNN and its unconstrained twin."""
-    from otnn.run import config as configuration
     from otnn.run.train import train as run_training
 
-    settings = configuration.load(
-        preset,
-        config,
-        {
-            "data.name": data,
-            "data.data_dir": None if data_dir is None else str(data_dir),
-            "data.classes": None if classes is None else [name.strip() for name in classes.split(",")],
-            "data.target": target,
-            "data.size": size,
-            "data.skip_broken": skip_broken or None,
-            "seed": seed,
-            "twin": False if no_twin else None,
-        },
-        overrides or [],
-    )
+    settings = _settings(preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin)
     run = run_training(settings, out, force=force, device=device)
     results = run.results()
     _print(results, as_json, networks_table(results))
-    _say(f"next: otnn certify {out}; otnn explain {out}; otnn report {out}", as_json)
+    folder = shlex.quote(str(out))
+    _say(f"next: otnn certify {folder}; otnn explain {folder}; otnn report {folder}", as_json)
 
 
 @app.command()
@@ -112,29 +116,34 @@ def explain(
     ] = None,
     target: Annotated[str | None, typer.Option(help="The class that the counterfactuals go to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/explanations by default.")] = None,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    skip_broken: SkipBroken = False,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite pictures that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show where a prediction comes from, and the image that another class would need."""
     from otnn.run.explain import explain_files, explain_gallery
     from otnn.run.folder import open_run
+    from otnn.run.train import choose_device
 
+    place = choose_device(device)
     opened = open_run(run)
     if not images:
         if target is not None or out is not None:
             raise InputError("--target and --out go with image files; give some, or leave them out for the gallery")
-        file = explain_gallery(opened)
+        file = explain_gallery(opened, device=place)
         _print({"gallery": str(file)}, as_json, f"gallery of test images: {file}")
         return
-    rows = explain_files(opened, images, target=target, out=out, skip_broken=skip_broken)
-    table = Table("image", "prediction", "certified radius", "towards", "tightness", "flips", "picture")
+    rows = explain_files(opened, images, target=target, out=out, force=force, skip_broken=skip_broken, device=place)
+    table = Table("image", "prediction", "certified radius", "towards", "tightness", "flips")
     for row in rows:
         tightness = row["status"] if row["tightness"] is None else f"{row['tightness']:.3f}"
         flips = "yes" if row["flipped"] else "no"
-        table.add_row(
-            row["file"], row["prediction"], f"{row['radius']:.4f}", row["target"], tightness, flips, row["picture"]
-        )
+        name = Path(row["file"]).name
+        table.add_row(name, row["prediction"], f"{row['radius']:.4f}", row["target"], tightness, flips)
     _print({"images": rows}, as_json, table)
+    for row in rows:
+        _say(row["picture"], as_json)
 
 
 @app.command()
@@ -157,38 +166,59 @@ def report(run: RunFolder, as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="The run folder; the first free otnn-demo by default.")] = None,
-    data: Annotated[str, typer.Option(help="A data set, as in `otnn train`.")] = "digits",
+    data: Data = None,
     data_dir: DataDir = None,
-    target: Annotated[str | None, typer.Option(help="An attribute column, for a binary task.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    preset: Annotated[str | None, typer.Option(help="A named configuration.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")
-    ] = None,
+    classes: Classes = None,
+    target: Target = None,
+    size: Size = None,
+    skip_broken: SkipBroken = False,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    no_twin: NoTwin = False,
     device: Device = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, certify, explain and report in one go."""
-    from otnn.run import config as configuration
+    """Train, certify, explain and report in one go; on the embedded digits by default."""
     from otnn.run.demo import free_folder, run_all
 
-    settings = configuration.load(
-        preset,
-        None,
-        {
-            "data.name": data,
-            "data.data_dir": None if data_dir is None else str(data_dir),
-            "data.target": target,
-            "seed": seed,
-        },
-        overrides or [],
-    )
+    settings = _settings(preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin)
     folder = out if out is not None else free_folder(Path("otnn-demo"))
     run = run_all(settings, folder, force=force, device=device)
     results = run.results()
     _print(results, as_json, networks_table(results), radii_table(results))
     _say(f"report: {folder / 'report.html'}", as_json)
+
+
+def _settings(
+    preset: str | None,
+    file: Path | None,
+    overrides: list[str] | None,
+    data: str | None,
+    data_dir: Path | None,
+    classes: str | None,
+    target: str | None,
+    size: int | None,
+    skip_broken: bool,
+    seed: int | None,
+    no_twin: bool,
+) -> "Config":
+    """The configuration that the options of `train` and `demo` ask for."""
+    from otnn.run.config import load
+
+    options = {
+        "data.name": data,
+        "data.data_dir": None if data_dir is None else str(data_dir),
+        "data.classes": None if classes is None else [name.strip() for name in classes.split(",")],
+        "data.target": target,
+        "data.size": size,
+        "data.skip_broken": skip_broken or None,
+        "seed": seed,
+        "twin": False if no_twin else None,
+    }
+    return load(preset, file, options, overrides or [])
 
 
 def networks_table(results: dict[str, Any]) -> Table:
@@ -243,10 +273,17 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 def main() -> None:
     """Run the command line; what a user's input can cause is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-made folder is removed
     try:
         app()
     except InputError as error:
         print(f"otnn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(
+            f"otnn: {error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except FloatingPointError as error:
         print(f"otnn: training failed: {error}", file=sys.stderr)

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from otnn.certify import certify
 from otnn.errors import InputError
 from otnn.lipschitz import bound
+from otnn.run import config
 from otnn.run.certify import certify_run
 from otnn.run.explain import choose_gallery, class_index, explain_files, explain_gallery
 from otnn.run.folder import Run, open_run
-from otnn.run.train import load_dataset
+from otnn.run.train import load_dataset, train
 
 
 def test_certify_writes_the_same_figures_everywhere(run: Run) -> None:
@@ -56,10 +58,14 @@ def test_the_gallery_agrees_with_the_networks(run: Run) -> None:
 
 def test_the_gallery_shows_errors_where_there_are_any(run: Run) -> None:
     dataset = load_dataset(run.config.data)
-    index = choose_gallery(run, dataset.test, 20)
+    model = run.network("otnn")
+    prediction = certify(model, dataset.test.images, bound(model.body)).prediction
+    wrong = prediction != dataset.test.labels
+    assert wrong.sum() >= 5
+    index = choose_gallery(model, dataset.test, 20)
     assert len(set(index.tolist())) == 20
-    prediction = certify(run.network("otnn"), dataset.test.images, bound(run.network("otnn").body)).prediction
-    assert (prediction[index] != dataset.test.labels[index]).any()
+    assert wrong[index].sum() == 5
+    assert set(dataset.test.labels[index].tolist()) == set(range(10))
 
 
 def test_explain_files_writes_pictures_and_arrays(run: Run, tmp_path: Path) -> None:
@@ -70,14 +76,18 @@ def test_explain_files_writes_pictures_and_arrays(run: Run, tmp_path: Path) -> N
         Image.fromarray(pixels).save(tmp_path / folder / "digit.png")
     files = [tmp_path / "a" / "digit.png", tmp_path / "b" / "digit.png"]
     rows = explain_files(run, files, target="3", out=tmp_path / "out")
-    assert [Path(row["picture"]).name for row in rows] == ["digit.png", "digit-2.png"]
+    assert [Path(row["picture"]).name for row in rows] == ["digit.explained.png", "digit-2.explained.png"]
     for row in rows:
         with Image.open(row["picture"]) as picture:
             assert picture.size[0] > 1000
         assert row["target"] == "3"
-    arrays = np.load(tmp_path / "out" / "digit.npz", allow_pickle=False)
+    arrays = np.load(tmp_path / "out" / "digit.explained.npz", allow_pickle=False)
     assert arrays["images"].shape == (1, 1, 8, 8)
     assert arrays["images"][0, 0] == pytest.approx(dataset.test.images[0, 0].numpy(), abs=1 / 255)
+    with pytest.raises(InputError, match=r"digit\.explained\.png: exists already.*--force"):
+        explain_files(run, files, target="3", out=tmp_path / "out")
+    assert len(explain_files(run, files, target="4", out=tmp_path / "out", force=True)) == 2
+    arrays = np.load(tmp_path / "out" / "digit.explained.npz", allow_pickle=False)
     # the radius is that of the prediction, whatever target the path was asked to reach
     model = run.network("otnn")
     assert arrays["radius"] == pytest.approx(
@@ -95,6 +105,59 @@ def test_a_target_that_is_the_prediction_is_told_for_that_image_only(run: Run, t
     rows = explain_files(run, files, target=first[0]["prediction"])
     assert rows[0]["status"] == "the target is the predicted class already"
     assert any(row["status"] == "ok" for row in rows)
+
+
+def test_pictures_never_fall_on_the_images_they_explain(run: Run, tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 90).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    explain_files(run, [tmp_path / "mine.png"], out=tmp_path)
+    assert (tmp_path / "mine.png").read_bytes() == before
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        explain_files(run, [tmp_path / "mine.png"], out=tmp_path / "mine.png")
+
+
+def test_broken_images_are_skipped_by_name(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (8, 8), 90).save(tmp_path / "fine.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    files = [tmp_path / "broken.png", tmp_path / "fine.png"]
+    with pytest.raises(InputError, match=r"broken\.png cannot be read"):
+        explain_files(run, files)
+    rows = explain_files(run, files, skip_broken=True)
+    assert [Path(row["file"]).name for row in rows] == ["fine.png"]
+    assert "left out 1 broken image" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_changed_data_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, level in (("cat", 60), ("dog", 180)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for k in range(12):
+            pixels = np.clip(generator.normal(level, 20, (8, 8)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{k}.png")
+    settings = config.load(
+        "digits",
+        options={"data.name": str(tmp_path / "pets"), "data.size": 8, "twin": False},
+        overrides=["training.epochs=2", "model.widths=[8]", "training.batch_size=8"],
+    )
+    run = train(settings, tmp_path / "run", quiet=True)
+    certify_run(run)
+    before = (run.path / "results.json").read_bytes()
+    (tmp_path / "pets" / "cat").rename(tmp_path / "pets" / "x")
+    with pytest.raises(InputError, match="have changed since"):
+        certify_run(run)
+    assert (run.path / "results.json").read_bytes() == before
+    shutil.rmtree(tmp_path / "pets")
+    with pytest.raises(InputError, match="the data of this run cannot be loaded again"):
+        explain_gallery(run)
+
+
+def test_a_configuration_repeats_its_run(run: Run, tmp_path: Path) -> None:
+    again = config.load(file=run.path / "config.toml", overrides=["twin=false"])
+    train(again, tmp_path / "again", quiet=True)
+    first, second = (load_file(path / "networks" / "otnn.safetensors") for path in (run.path, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    learned = config.load(file=run.path / "config.toml", overrides=["loss.alpha=0.05"])
+    assert (learned.loss.alpha, learned.loss.margin, learned.loss.hinge_weight) == (0.05, None, None)
 
 
 def test_an_unknown_class_is_named(run: Run) -> None:
@@ -120,6 +183,9 @@ def damage(run: Run, what: str) -> None:
         content = bytearray(weights.read_bytes())
         content[-100] ^= 1
         weights.write_bytes(bytes(content))
+    elif what in ("model", "files", "data"):
+        content_of = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({**content_of, what: {}} if what != "data" else {**content_of, "model": 3}))
     elif what == "config cut":
         (run.path / "config.toml").write_text("[data")
 
@@ -133,6 +199,9 @@ def damage(run: Run, what: str) -> None:
         ("manifest cut", "manifest.json: cannot be read"),
         ("network missing", "half-written: networks/otnn.safetensors is missing"),
         ("one bit", "its SHA-256 differs"),
+        ("model", "damaged: what it says of the network"),
+        ("files", "damaged: what it says of the network"),
+        ("data", "damaged: what it says of the network"),
         ("config cut", "config.toml: cannot be read"),
     ],
 )

@@ -45,8 +45,8 @@ def all_labels(source: Source, target: str | None) -> tuple[tuple[str, ...], dic
                 f"{listing(attributes)}"
             )
         raise InputError(
-            f"{source.name}: found neither class folders nor a metadata file with a column label; "
-            "put the images of each class into a folder of their own"
+            f"{source.name}: expected at least two class folders, or a metadata file with a column label, found "
+            "neither; put the images of each class into a folder of their own"
         )
     return source.classes, known
 

@@ -31,13 +31,14 @@ class Counterfactual:
         radius: (batch,) g(x), a certified lower bound of the distance to the target's boundary.
         one_step: (batch, ...) x - g(x) grad g(x), on the boundary at the optimum.
         boundary: (batch, ...) x - t* u, t* the sign-changed end of a bisection; NaN where none was found.
-        boundary_distance: (batch,) t*; NaN where none was found.
-        tightness: (batch,) g(x) / t* in [0, 1]: 1 where certificate and explanation are exact; NaN likewise.
+        boundary_distance: (batch,) t*, where the pair is even: a crossing, though not surely the first, and with a
+            chosen target other classes may have come between; NaN where none was found.
+        tightness: (batch,) g(x) / t* in [0, 1]: 1 where the bound and the explanation are exact; NaN likewise.
         distances: (batch, steps) lengths t along the path, from 0 to twice t*.
         path: (batch, steps, ...) images x - t u; they may leave [0, 1].
         potential: (batch, steps) the pair potential along the path.
         scores: (batch, steps, outputs) all scores along the path.
-        flipped: (batch,) whether the end of the path is predicted as the target.
+        flipped: (batch,) whether a boundary was found and the end of the path is predicted as the target.
         status: per sample "ok", or why a part is missing.
     """
 
@@ -130,7 +131,7 @@ def counterfactual(
             path=path,
             potential=along,
             scores=path_scores,
-            flipped=predict(path_scores[:, -1]) == rival,
+            flipped=found & (predict(path_scores[:, -1]) == rival),
             status=_status(own, rival, potential, norm, found),
         )
 

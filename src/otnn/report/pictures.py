@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FRAMES = 7
+_LABEL = 18  # letters
 
 
 def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> bytes:
@@ -24,17 +25,17 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     """
     from matplotlib.figure import Figure
 
-    image, path = arrays["images"][0], arrays["path"][0]
-    prediction, target = classes[int(arrays["prediction"][0])], classes[int(arrays["target"][0])]
+    image, path, scores = arrays["images"][0], arrays["path"][0], arrays["scores"][0]
+    prediction, target = (_label(classes[int(arrays[key][0])]) for key in ("prediction", "target"))
     radius, end, status = (arrays[key][0] for key in ("radius", "boundary_distance", "status"))
-    maps = {"saliency, OTNN": arrays["saliency"][0]}
+    maps = {f"OTNN: what speaks\nfor {prediction}": arrays["saliency"][0]}
     if "unconstrained_saliency" in arrays:
-        twin = classes[int(arrays["unconstrained_prediction"][0])]
-        maps[f"saliency, unconstrained\n({_plain(twin)})"] = arrays["unconstrained_saliency"][0]
+        twin = _label(classes[int(arrays["unconstrained_prediction"][0])])
+        maps[f"unconstrained: what\nspeaks for {twin}"] = arrays["unconstrained_saliency"][0]
     figure = Figure(figsize=(12, 6.2), layout="constrained", dpi=110)
-    rows: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    rows: Any = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     top = rows[0].subplots(1, 2 + len(maps), width_ratios=(*[1] * (1 + len(maps)), 1.7))
-    _show(top[0], image, f"{_plain(prediction)}\ncertified radius {radius:.3f}")
+    _show(top[0], image, f"{prediction}\ncertified radius {radius:.3f}")
     scaled = {name: _unit(values).mean(axis=0) for name, values in maps.items()}
     limit = max(float(np.abs(values).max()) for values in scaled.values()) or 1.0
     for axes, (name, values) in zip(top[1:-1], scaled.items(), strict=True):
@@ -44,15 +45,15 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     bar = rows[0].colorbar(drawn, ax=list(top[1:-1]), location="bottom", shrink=0.6, aspect=40)
     bar.set_label("brighter here: blue lowers, red raises the score (share of the map's L2 norm)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    _curve(top[-1], arrays, prediction, target)
+    _curves(top[-1], arrays, classes)
     lengths = arrays["distances"][0]
+    decided = (scores[:, 0] > 0).astype(int) if scores.shape[1] == 1 else scores.argmax(axis=1)
     frames = rows[1].subplots(1, _FRAMES)
     for axes, k in zip(frames, np.linspace(0, len(path) - 1, _FRAMES).round().astype(int), strict=True):
-        side = prediction if arrays["potential"][0][k] > 0 else target
-        _show(axes, path[k], f"t = {lengths[k]:.3f}\n{_plain(side) if status == 'ok' else ''}")
-    ending = f"boundary at {end:.3f}, tightness {radius / end:.3f}" if status == "ok" else str(status)
+        _show(axes, path[k], f"moved {lengths[k]:.3f}\n{_label(classes[int(decided[k])])}")
+    ending = f"even at {end:.3f}, tightness {arrays['tightness'][0]:.3f}" if status == "ok" else str(status)
     rows[1].suptitle(
-        f"the way to {_plain(target)}: x - t u (clipped to [0, 1] for display); {_plain(ending)}", fontsize=11
+        f"the way to {target}, with what the network says (clipped to [0, 1] for display); {ending}", fontsize=11
     )
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
@@ -70,15 +71,24 @@ def _show(axes: Any, image: NDArray[Any], title: str) -> None:
     axes.set_axis_off()
 
 
-def _curve(axes: Any, arrays: Mapping[str, Any], prediction: str, target: str) -> None:
-    """The pair potential along the path, with the certified radius and the boundary."""
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.plot(arrays["distances"][0], arrays["potential"][0], color="C0")
-    axes.axvline(arrays["radius"][0], color="C2", linestyle="--", label="certified radius")
+def _curves(axes: Any, arrays: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """The scores along the path, with the certified radius and the place where the pair is even."""
+    scores, lengths = arrays["scores"][0], arrays["distances"][0]
+    if scores.shape[1] == 1:
+        axes.plot(lengths, scores[:, 0], color="C0", label=f"{_label(classes[1])} if above 0")
+        axes.axhline(0, color="0.6", linewidth=0.8)
+    else:
+        shown = [int(arrays["prediction"][0]), int(arrays["target"][0])]
+        others = [k for k in range(scores.shape[1]) if k not in shown]
+        shown += sorted(others, key=lambda k: -float(scores[:, k].max()))[:1]  # the strongest of the others
+        for k, style in zip(dict.fromkeys(shown), ("-", "-", "--"), strict=False):
+            axes.plot(lengths, scores[:, k], style, label=_label(classes[k]))
+    axes.axvline(arrays["radius"][0], color="C2", linestyle="--", linewidth=1, label="certified radius")
     if np.isfinite(arrays["boundary_distance"][0]):
-        axes.axvline(arrays["boundary_distance"][0], color="C1", linestyle=":", label="boundary found")
-    axes.set_xlabel("length t moved (L2, [0,1] pixels)", fontsize=9)
-    axes.set_title(f"{_plain(prediction)} against {_plain(target)}", fontsize=10)
+        axes.axvline(arrays["boundary_distance"][0], color="0.3", linestyle=":", linewidth=1, label="pair is even")
+    axes.set_xlabel("length moved (L2, [0,1] pixels)", fontsize=9)
+    axes.set_ylabel("score", fontsize=9)
+    axes.set_title("scores along the way", fontsize=10)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8)
 
@@ -88,6 +98,7 @@ def _unit(values: NDArray[Any]) -> NDArray[Any]:
     return values / norm if norm > 0 else values
 
 
-def _plain(text: str) -> str:
-    """A class name as it stands: matplotlib would read a pair of dollar signs as mathematics."""
-    return text.replace("$", r"\$")
+def _label(name: str) -> str:
+    """A class name that fits over a frame; matplotlib would read a pair of dollar signs as mathematics."""
+    short = name if len(name) <= _LABEL else name[: _LABEL - 1] + "\u2026"
+    return short.replace("$", r"\$")

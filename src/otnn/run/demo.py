@@ -8,7 +8,7 @@ from otnn.run.certify import certify_run
 from otnn.run.config import Config
 from otnn.run.explain import explain_gallery
 from otnn.run.folder import Run
-from otnn.run.train import dataset_of, train
+from otnn.run.train import choose_device, dataset_of, train
 
 
 def run_all(config: Config, out: Path, *, force: bool = False, device: str = "auto") -> Run:
@@ -20,8 +20,9 @@ def run_all(config: Config, out: Path, *, force: bool = False, device: str = "au
     start = time.perf_counter()
     run = train(config, out, force=force, device=device)
     dataset = dataset_of(run)
-    certify_run(run, dataset=dataset)
-    explain_gallery(run, dataset=dataset)
+    place = choose_device(device)
+    certify_run(run, dataset=dataset, device=place)
+    explain_gallery(run, dataset=dataset, device=place)
     run.update_results({"seconds": {"total": round(time.perf_counter() - start, 3)}})
     write_report(run.path)
     return run

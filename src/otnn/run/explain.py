@@ -19,7 +19,7 @@ from otnn.models import Classifier, predict
 from otnn.report.pictures import explanation_picture
 from otnn.run.fit import scores_of
 from otnn.run.folder import Run
-from otnn.run.progress import status
+from otnn.run.progress import name_skipped, status
 from otnn.run.train import dataset_of
 
 GALLERY = 12
@@ -27,21 +27,22 @@ STEPS = 21
 _BUDGET = 2**30  # bytes
 
 
-def explain_gallery(run: Run, *, dataset: Dataset | None = None, size: int = GALLERY) -> Path:
+def explain_gallery(
+    run: Run, *, dataset: Dataset | None = None, size: int = GALLERY, device: str | torch.device = "cpu"
+) -> Path:
     """Explain a fixed choice of test images: writes explanations.npz, which the report shows.
-
-    The choice goes round the classes and mixes right predictions with errors of the OTNN.
 
     Args:
         run: an opened run.
         dataset: its data, if they are at hand already.
         size: the number of images.
+        device: where the networks run.
     """
     start = time.perf_counter()
     with status(f"explaining {run.path}"):
         dataset = dataset or dataset_of(run)
-        index = choose_gallery(run, dataset.test, size)
-        arrays = explain_images(run, dataset.test.images[index])
+        index = choose_gallery(run.network("otnn", device), dataset.test, size)
+        arrays = explain_images(run, dataset.test.images[index], device=device)
         arrays["label"] = dataset.test.labels[index].numpy()
         arrays["index"] = index.numpy()
         file = run.path / "explanations.npz"
@@ -51,36 +52,52 @@ def explain_gallery(run: Run, *, dataset: Dataset | None = None, size: int = GAL
 
 
 def explain_files(
-    run: Run, files: Sequence[Path], *, target: str | None = None, out: Path | None = None, skip_broken: bool = False
+    run: Run,
+    files: Sequence[Path],
+    *,
+    target: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    skip_broken: bool = False,
+    device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:
-    """Explain image files: one PNG and one npz each, in the run's folder `explanations` or in `out`.
+    """Explain image files: NAME.explained.png and NAME.explained.npz of each, in the run's `explanations` or in `out`.
 
     Args:
         run: an opened run.
         files: images; they are cropped and resized as the training images were.
         target: the class that the counterfactuals go to, by name or index; the nearest rival by default.
         out: another folder for the pictures.
-        skip_broken: leave out images that cannot be read.
+        force: overwrite pictures that exist.
+        skip_broken: leave out images that cannot be read, and name them on stderr.
+        device: where the networks run.
 
     Returns:
         Per image: file, prediction, target, radius, tightness, flipped, status and the PNG written.
 
     Raises:
-        InputError: an unknown class, or an image that cannot be read.
+        InputError: an unknown class, an image that cannot be read, pictures that exist, a folder that cannot be made.
     """
     chosen = None if target is None else class_index(run.classes, target)
     shape = tuple(run.manifest["model"]["input_shape"])
     images, names = load_images(files, (shape[0], shape[1], shape[2]), skip_broken=skip_broken)
+    name_skipped([str(file) for file in files if str(file) not in names])
+    folder = out or run.path / "explanations"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made a folder ({error.strerror}); choose another --out") from None
+    pictures = [folder / f"{stem}.explained.png" for stem in _stems(names)]
+    existing = [str(path) for path in pictures if path.exists()]
+    if existing and not force:
+        raise InputError(f"{existing[0]}: exists already; choose another --out, or overwrite it with --force")
     targets = None if chosen is None else torch.full((len(images),), chosen)
     with status(f"explaining {len(images)} image{'s' * (len(images) != 1)}"):
-        arrays = explain_images(run, images, targets)
-        folder = out or run.path / "explanations"
-        folder.mkdir(parents=True, exist_ok=True)
+        arrays = explain_images(run, images, targets, device=device)
         rows = []
-        for k, stem in enumerate(_stems(names)):
+        for k, picture in enumerate(pictures):
             one = {key: value[k : k + 1] for key, value in arrays.items()}
-            write_npz(folder / f"{stem}.npz", one)
-            picture = folder / f"{stem}.png"
+            write_npz(picture.with_suffix(".npz"), one)
             write_whole(picture, explanation_picture(one, run.classes))
             rows.append(
                 {
@@ -97,7 +114,9 @@ def explain_files(
     return rows
 
 
-def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> dict[str, Any]:
+def explain_images(
+    run: Run, images: Tensor, target: Tensor | None = None, *, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
     """Everything that is shown of images, as arrays of the layout of explanations.npz.
 
     The networks run in float64, so that boundaries are found to about 1e-9, in chunks within a memory budget.
@@ -106,15 +125,17 @@ def explain_images(run: Run, images: Tensor, target: Tensor | None = None) -> di
         run: an opened run.
         images: (batch, channels, height, width) in [0, 1].
         target: (batch,) the class that each counterfactual goes to; the nearest rival by default.
+        device: where the networks run.
     """
-    model = run.network("otnn").double()
-    twin = run.network("unconstrained").double() if run.has_twin else None
+    model = run.network("otnn", device).double()
+    twin = run.network("unconstrained", device).double() if run.has_twin else None
     body = bound(model.body)
-    # a path of STEPS images at once, and features of about 64 channels in float64
-    size = max(1, _BUDGET // (STEPS * images[0].numel() * 64 * 8))
-    targets = [None] * len(images.split(size)) if target is None else list(target.split(size))
+    # a path of STEPS images at once, and the features of the widest layer in float64
+    channels = max(64, *run.manifest["model"]["widths"])
+    size = max(1, _BUDGET // (STEPS * images[0].numel() * channels * 8))
+    targets = [None] * len(images.split(size)) if target is None else list(target.to(device).split(size))
     chunks = [
-        _explain_chunk(model, twin, body, chunk.double(), goal)
+        _explain_chunk(model, twin, body, chunk.double().to(device), goal)
         for chunk, goal in zip(images.split(size), targets, strict=True)
     ]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -144,23 +165,23 @@ def _explain_chunk(
         with torch.no_grad():
             arrays["unconstrained_prediction"] = predict(twin(images))
         arrays["unconstrained_saliency"] = saliency(twin, images, arrays["unconstrained_prediction"]).float()
-    return {**{name: value.numpy() for name, value in arrays.items()}, "status": np.array(way.status)}
+    return {**{name: value.cpu().numpy() for name, value in arrays.items()}, "status": np.array(way.status)}
 
 
-def choose_gallery(run: Run, test: Split, size: int) -> Tensor:
-    """Indices of test images, round the classes: right predictions first, an error of each class before long."""
-    model = run.network("otnn")
+def choose_gallery(model: Classifier, test: Split, size: int) -> Tensor:
+    """Indices of test images, sorted by class: round the classes, up to a quarter of them errors of the network."""
     # test splits may be sorted by class: look at images spread over all of it
     sample = torch.linspace(0, len(test) - 1, min(len(test), 2048)).round().long()
     labels = test.labels[sample]
     wrong = predict(scores_of(model, test.images[sample])) != labels
-    queues = []
-    for k in range(len(run.classes)):
-        right = sample[(labels == k) & ~wrong].tolist()
-        errors = sample[(labels == k) & wrong].tolist()
-        queues.append(right[:2] + errors + right[2:] if len(run.classes) < 6 else right[:1] + errors[:1] + right[1:])
-    order = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
-    return torch.tensor(sorted(order[:size], key=lambda i: (int(test.labels[i]), i)))
+
+    def round_the_classes(chosen: Tensor) -> list[int]:
+        queues = [sample[chosen & (labels == k)].tolist() for k in range(model.classes)]
+        return [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
+
+    errors = round_the_classes(wrong)[: size // 4]
+    picked = [*errors, *round_the_classes(~wrong)][:size]
+    return torch.tensor(sorted(picked, key=lambda i: (int(test.labels[i]), i)))
 
 
 def class_index(classes: tuple[str, ...], name: str) -> int:
@@ -171,7 +192,7 @@ def class_index(classes: tuple[str, ...], name: str) -> int:
     """
     if name in classes:
         return classes.index(name)
-    if name.isdigit() and int(name) < len(classes):
+    if name.isascii() and name.isdecimal() and int(name) < len(classes):
         return int(name)
     raise InputError(f"--target {name}: no such class; expected one of {', '.join(classes)}")
 
@@ -179,10 +200,12 @@ def class_index(classes: tuple[str, ...], name: str) -> int:
 def _stems(names: Sequence[str]) -> list[str]:
     """File names without ending, made different where they repeat."""
     stems: list[str] = []
+    taken: set[str] = set()  # folded: some file systems ignore case
     for name in names:
         stem = base = Path(name).stem
         number = 2
-        while stem in stems:
+        while stem.casefold() in taken:
             stem, number = f"{base}-{number}", number + 1
+        taken.add(stem.casefold())
         stems.append(stem)
     return stems

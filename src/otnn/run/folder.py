@@ -9,6 +9,7 @@
 import os
 import shutil
 import tomllib
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from otnn import __version__
 from otnn.errors import InputError
-from otnn.files import read_json, sha256, write_json
+from otnn.files import read_json, sha256, write_json, write_whole
 from otnn.models import Classifier, build
 from otnn.run.config import Config, from_mapping, to_toml
 
@@ -69,8 +70,15 @@ class Run:
         return model.to(device).eval()
 
     def results(self) -> dict[str, Any]:
-        """Read results.json."""
-        return read_json(self.path / "results.json")
+        """Read results.json.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        results = read_json(self.path / "results.json")
+        if not all(isinstance(results.get(part), dict) for part in ("data", "otnn", "seconds")):
+            raise InputError(f"{self.path / 'results.json'}: damaged: data, otnn or seconds are missing; train again")
+        return results
 
     def update_results(self, changes: Mapping[str, Any]) -> None:
         """Merge changes into results.json, table by table."""
@@ -103,11 +111,11 @@ def open_run(path: Path) -> Run:
             f"{path}: written in run format {manifest.get('format')} by otnn {manifest.get('otnn')}, this is otnn "
             f"{__version__} with format {FORMAT}; use that version or train again"
         )
-    try:
-        checksums = dict(manifest["files"])
-        manifest["model"]["classes"], manifest["model"]["input_shape"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{file}: damaged; train again") from None
+    model, checksums = manifest.get("model"), manifest.get("files")
+    described = isinstance(model, dict) and {"architecture", "classes", "input_shape", "widths"} <= set(model)
+    listed = isinstance(checksums, dict) and {"config.toml", "networks/otnn.safetensors"} <= set(checksums)
+    if not described or not listed or not isinstance(checksums, dict) or "data" not in manifest:
+        raise InputError(f"{file}: damaged: what it says of the network, its files or its data is missing; train again")
     for name, checksum in checksums.items():
         if not (path / name).is_file():
             raise InputError(f"{path}: half-written: {name} is missing; train again")
@@ -134,7 +142,7 @@ def new_run(path: Path, *, force: bool) -> Iterator[Path]:
             raise InputError(f"{path}: exists already; choose another --out, or overwrite it with --force")
         if not path.is_dir() or (any(path.iterdir()) and not (path / "manifest.json").exists()):
             raise InputError(f"{path}: is not a run folder, so --force does not replace it; choose another --out")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         (partial / "networks").mkdir(parents=True)
     except OSError as error:
@@ -142,7 +150,7 @@ def new_run(path: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield partial
         if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            old = path.with_name(f".{path.name}.old-{uuid.uuid4().hex[:8]}")
             os.replace(path, old)
             os.replace(partial, path)
             shutil.rmtree(old)
@@ -164,7 +172,7 @@ def save_run(
     """Write networks, configuration, results and, last, the manifest with its checksums."""
     for name, network in networks.items():
         state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-        save_file(state, folder / "networks" / f"{name}.safetensors")
+        write_whole(folder / "networks" / f"{name}.safetensors", save(state))
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     write_json(folder / "results.json", results)
     files = ["config.toml", *(f"networks/{name}.safetensors" for name in networks)]

@@ -1,15 +1,16 @@
 """Progress on stderr: bars on a terminal, a line per epoch elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from otnn.run.fit import EpochMetrics
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 
 
 @dataclass
@@ -45,11 +46,11 @@ class TrainingBar:
 def training_bar(name: str, quiet: bool) -> Iterator[TrainingBar]:
     """A bar for the training of one network."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(name, total=None, figures="")
@@ -60,8 +61,15 @@ def training_bar(name: str, quiet: bool) -> Iterator[TrainingBar]:
 def status(message: str) -> Iterator[None]:
     """Say what is being done while it lasts."""
     if console.is_terminal:
-        with console.status(message):
+        with console.status(Text(message)):
             yield
     else:
         console.print(message, soft_wrap=True)
         yield
+
+
+def name_skipped(names: Sequence[str]) -> None:
+    """Name the broken images that were left out."""
+    if names:
+        count = f"{len(names)} broken image{'s' * (len(names) != 1)}"
+        console.print(f"left out {count}: {', '.join(names)}", soft_wrap=True)

@@ -24,7 +24,7 @@ from otnn.run.config import Config, DataConfig, LossConfig
 from otnn.run.distributed import processes, rank
 from otnn.run.fit import EpochMetrics, fit, scores_of
 from otnn.run.folder import Run, new_run, open_run, save_run
-from otnn.run.progress import status, training_bar
+from otnn.run.progress import name_skipped, status, training_bar
 
 # Class shares that differ by more than this factor count as unbalanced: class weights and a tuned threshold.
 _UNBALANCED = 1.5
@@ -51,9 +51,9 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
     ):
         folder = Path(name_of_folder)
         quiet = quiet or rank() > 0
-        start = time.perf_counter()
         with status(f"reading {config.data.name}"):
             dataset = load_dataset(config.data)
+        name_skipped(dataset.skipped)
         shape = dataset.input_shape
         widths = config.model.widths or default_widths(config.model.architecture, shape)
         mean = dataset.train.images.mean(dim=(0, 2, 3))
@@ -89,7 +89,6 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             networks[name] = model
         body = bound(networks["otnn"].body)
         results["otnn"]["lipschitz_bound"] = body.constant
-        results["seconds"]["total"] = round(time.perf_counter() - start, 3)
         model_description = {
             "architecture": config.model.architecture,
             "input_shape": list(shape),
@@ -245,16 +244,17 @@ def tune_threshold(model: Classifier, validation: Split) -> None:
 
     A shift keeps the Lipschitz constant, and the sign still decides.
     """
-    scores = scores_of(model, validation.images)[:, 0].double()
-    ordered = scores.unique()
-    if len(ordered) < 2:
-        return
-    thresholds = (ordered[1:] + ordered[:-1]) / 2
-    above = scores.unsqueeze(0) > thresholds.unsqueeze(1)
-    positive = validation.labels == 1
-    balanced = above[:, positive].double().mean(dim=1) + (~above[:, ~positive]).double().mean(dim=1)
+    scores, order = scores_of(model, validation.images)[:, 0].double().sort()
+    positive = (validation.labels[order] == 1).double()
+    # threshold k lies between the sorted scores k and k + 1, where they differ
+    below_positive, below_negative = positive.cumsum(0)[:-1], (1 - positive).cumsum(0)[:-1]
+    balanced = below_negative / (1 - positive).sum() - below_positive / positive.sum()
+    balanced[scores[1:] == scores[:-1]] = -torch.inf
+    if not bool(torch.isfinite(balanced).any()):
+        return  # all scores are equal
     best = (balanced >= balanced.max() - 1e-12).nonzero().squeeze(1)
-    chosen = thresholds[best[len(best) // 2]]
+    middle = best[len(best) // 2]
+    chosen = (scores[middle] + scores[middle + 1]) / 2
     model.head.bias.sub_(chosen.to(model.head.bias))
 
 
@@ -321,8 +321,9 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: {name!r} cannot be used here ({reason}); expected auto, cpu or cuda") from None
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"device: {name!r} cannot be used here; expected auto, cpu, or an accelerator that torch finds, as cuda"
+        ) from None
     return device
