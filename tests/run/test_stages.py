@@ -61,10 +61,10 @@ def test_the_gallery_shows_errors_where_there_are_any(run: Run) -> None:
     model = run.network("otnn")
     prediction = certify(model, dataset.test.images, bound(model.body)).prediction
     wrong = prediction != dataset.test.labels
-    assert wrong.sum() >= 5
+    assert wrong.sum() >= 3
     index = choose_gallery(model, dataset.test, 20)
     assert len(set(index.tolist())) == 20
-    assert wrong[index].sum() == 5
+    assert wrong[index].sum() == 3
     assert set(dataset.test.labels[index].tolist()) == set(range(10))
 
 
@@ -102,7 +102,7 @@ def test_a_target_that_is_the_prediction_is_told_for_that_image_only(run: Run, t
         files.append(tmp_path / f"{k}.png")
         Image.fromarray((dataset.test.images[k, 0] * 255).round().byte().numpy()).save(files[-1])
     first = explain_files(run, files)
-    rows = explain_files(run, files, target=first[0]["prediction"])
+    rows = explain_files(run, files, target=first[0]["prediction"], force=True)
     assert rows[0]["status"] == "the target is the predicted class already"
     assert any(row["status"] == "ok" for row in rows)
 

@@ -81,6 +81,14 @@ class LossConfig:
     kr_form: str = "soft"
     hinge_form: str = "joint"
 
+    def __post_init__(self) -> None:
+        """Refuse names that no loss has."""
+        for name, known in (("name", LOSSES), ("kr_form", KR_FORMS), ("hinge_form", HINGE_FORMS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"loss.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.alpha is not None and not 0 < self.alpha < 1:
+            raise InputError(f"loss.alpha: expected a share in (0, 1), got {self.alpha}")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -141,16 +149,9 @@ class Config:
             raise InputError("training.batch_size: expected at least 2, got 1: batch normalisation needs two samples")
         if not (math.isfinite(training.learning_rate) and math.isfinite(training.twin_learning_rate)):
             raise InputError("training.learning_rate: expected finite numbers > 0")
-        for name, value, known in (
-            ("model.architecture", self.model.architecture, ARCHITECTURES),
-            ("loss.name", self.loss.name, LOSSES),
-            ("loss.kr_form", self.loss.kr_form, KR_FORMS),
-            ("loss.hinge_form", self.loss.hinge_form, HINGE_FORMS),
-        ):
-            if value not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if self.loss.alpha is not None and not 0 < self.loss.alpha < 1:
-            raise InputError(f"loss.alpha: expected a share in (0, 1), got {self.loss.alpha}")
+        if self.model.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise InputError(f"model.architecture: expected one of {known}, got {self.model.architecture!r}")
         if self.loss.margin is None and self.loss.alpha is None and self.loss.name != "cross_entropy":
             raise InputError(
                 "loss: expected margin, or alpha for a learned margin, got neither; use --set loss.margin=0.5"

@@ -169,7 +169,7 @@ def _explain_chunk(
 
 
 def choose_gallery(model: Classifier, test: Split, size: int) -> Tensor:
-    """Indices of test images, sorted by class: round the classes, up to a quarter of them errors of the network."""
+    """Indices of test images, sorted by class: round the classes, up to a sixth of them errors of the network."""
     # test splits may be sorted by class: look at images spread over all of it
     sample = torch.linspace(0, len(test) - 1, min(len(test), 2048)).round().long()
     labels = test.labels[sample]
@@ -179,7 +179,7 @@ def choose_gallery(model: Classifier, test: Split, size: int) -> Tensor:
         queues = [sample[chosen & (labels == k)].tolist() for k in range(model.classes)]
         return [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
 
-    errors = round_the_classes(wrong)[: size // 4]
+    errors = round_the_classes(wrong)[: size // 6]
     picked = [*errors, *round_the_classes(~wrong)][:size]
     return torch.tensor(sorted(picked, key=lambda i: (int(test.labels[i]), i)))
 

@@ -95,7 +95,10 @@ def fit(
     per_epoch = len(train) // batch_size
     steps = config.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=steps + 1, pct_start=config.warmup_share
+        optimizer,
+        max_lr=learning_rate,
+        total_steps=steps + 1,
+        pct_start=max(config.warmup_share, 2 / (steps + 1)),  # a warm-up of no step divides by zero in torch
     )
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
