@@ -83,7 +83,7 @@ def _curves(axes: Any, arrays: Mapping[str, Any], classes: Sequence[str]) -> Non
         shown += sorted(others, key=lambda k: -float(scores[:, k].max()))[:1]  # the strongest of the others
         for k, style in zip(dict.fromkeys(shown), ("-", "-", "--"), strict=False):
             axes.plot(lengths, scores[:, k], style, label=_label(classes[k]))
-    axes.axvline(arrays["radius"][0], color="C2", linestyle="--", linewidth=1, label="certified radius")
+    axes.axvline(arrays["radius"][0], color="0.3", linestyle="-.", linewidth=1, label="certified radius")
     if np.isfinite(arrays["boundary_distance"][0]):
         axes.axvline(arrays["boundary_distance"][0], color="0.3", linestyle=":", linewidth=1, label="pair is even")
     axes.set_xlabel("length moved (L2, [0,1] pixels)", fontsize=9)
