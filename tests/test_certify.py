@@ -394,3 +394,18 @@ def test_the_search_would_find_a_constant_that_is_too_small() -> None:
     x, y = torch.randn(2, 50, 12)
     assert ((layer(x) - layer(y)).norm(dim=1) / (x - y).norm(dim=1)).max() > 1.009
     assert bound(layer).constant > 1.009
+
+
+def test_a_head_or_a_model_that_computes_something_else_is_refused() -> None:
+    """The radius is read off the head's weight: a hook on it would make it a lie."""
+    model = build("dense", (1, 4, 4), 3, widths=(8,)).eval()
+    x = torch.rand(2, 1, 4, 4)
+    body = bound(model.body)
+    assert certify(model, x, body).radius.shape == (2,)
+    handle = model.head.register_forward_hook(lambda module, inputs, output: 100 * output)
+    with pytest.raises(InputError, match="both without a forward of their own or hooks"):
+        certify(model, x, body)
+    handle.remove()
+    model.forward = lambda inputs: 2 * model.head(model.body(inputs))  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="both without a forward of their own or hooks"):
+        certify(model, x, body)

@@ -123,18 +123,19 @@ def convolution_bound(kernel: Tensor, stride: int = 1) -> float:
 
 def _is_sequential(module: nn.Module) -> bool:
     """Whether a module does nothing but call its children in turn."""
-    return isinstance(module, nn.Sequential) and _computes_like(module, nn.Sequential)
+    return isinstance(module, nn.Sequential) and computes_like(module, nn.Sequential)
 
 
-def _computes_like(module: nn.Module, kind: type[nn.Module]) -> bool:
+def computes_like(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module of a subclass computes what `kind` computes: the same forward, and no hooks around it."""
-    return type(module).forward is kind.forward and not (module._forward_hooks or module._forward_pre_hooks)
+    own = type(module).forward is not kind.forward or "forward" in vars(module)
+    return not own and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _checked_bound(layer: nn.Module) -> float:
     """The bound of a layer's registered type, refused where a subclass or a hook computes something else."""
     kinds = [kind for kind in type(layer).__mro__ if issubclass(kind, nn.Module) and kind in _layer_bound.registry]
-    if kinds and not _computes_like(layer, kinds[0]):
+    if kinds and not computes_like(layer, kinds[0]):
         raise InputError(
             f"no Lipschitz bound is known: its own forward, or a hook, makes it another map than {kinds[0].__name__}"
         )

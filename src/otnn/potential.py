@@ -5,9 +5,10 @@ body; for one output g = z / (L_body ||w||), with the sign of the predicted clas
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from otnn.lipschitz import LipschitzBound
+from otnn.errors import InputError
+from otnn.lipschitz import LipschitzBound, computes_like
 from otnn.models import Classifier
 
 
@@ -20,7 +21,12 @@ def pair_distances(model: Classifier, body: LipschitzBound) -> Tensor:
 
     Returns:
         (classes, classes) float64 with zeros on the diagonal. With one output, z has the constant L_body ||w||.
+
+    Raises:
+        InputError: a head or a model that computes something else than its type says.
     """
+    if not (computes_like(model, Classifier) and computes_like(model.head, nn.Linear)):
+        raise InputError("expected a Classifier with a linear head, both without a forward of their own or hooks")
     rows = model.head.weight.detach().double()
     if len(rows) == 1:
         rows = torch.cat([-rows / 2, rows / 2])  # as two classes with scores -z/2 and z/2

@@ -45,9 +45,7 @@ MODULES: dict[str, tuple[Callable[[], Loss], Callable[[Tensor, Tensor], Tensor],
     ),
     "balanced hkr": (
         lambda: HKRLoss(alpha=0.1, prior=0.3, balanced=True),
-        lambda f, y: hkr(
-            f, y, margin=0.1, alpha=0.1, prior=0.3, sample_weight=torch.where(y == 1, 0.5 / 0.3, 0.5 / 0.7)
-        ),
+        lambda f, y: hkr(f, y, margin=0.1, alpha=0.1, prior=0.3, balanced=True),
         1,
     ),
     "one_vs_all": (
@@ -56,8 +54,8 @@ MODULES: dict[str, tuple[Callable[[], Loss], Callable[[Tensor, Tensor], Tensor],
         3,
     ),
     "learned one_vs_all": (
-        lambda: OneVsAllHKRLoss(PRIORS, alpha=0.2),
-        lambda f, y: one_vs_all_hkr(f, y, margin=0.1, alpha=0.2, priors=PRIORS),
+        lambda: OneVsAllHKRLoss(PRIORS, alpha=0.1),
+        lambda f, y: one_vs_all_hkr(f, y, margin=0.1, alpha=0.1, priors=PRIORS),
         3,
     ),
     "soft": (

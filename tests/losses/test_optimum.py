@@ -129,7 +129,8 @@ def test_soft_margins_do_not_depend_on_the_shares_of_the_classes() -> None:
 
 def test_one_vs_all_margins_hold_alpha_of_the_data() -> None:
     scores, labels = class_scores()
-    loss = OneVsAllHKRLoss(torch.full((3,), 1 / 3), alpha=0.43, hinge_weight=3.0)
+    with pytest.warns(UserWarning, match="puts 64% of the rarer class inside the margin"):
+        loss = OneVsAllHKRLoss(torch.full((3,), 1 / 3), alpha=0.43, hinge_weight=3.0)
     margins = descend(loss, scores - 0.6, labels)
     for k in range(3):
         signed = torch.where(labels == k, scores[:, k] - 0.6, 0.6 - scores[:, k])

@@ -62,7 +62,7 @@ def test_certificates_are_rounded_down_and_bounds_up(value: float) -> None:
 
 
 def test_only_all_is_100_percent() -> None:
-    assert (percent(1.0), percent(0.99996), percent(0.0), percent(0.5)) == ("100 %", "100.00 %", "0 %", "50.0 %")
+    assert (percent(1.0), percent(0.99996), percent(0.0), percent(0.5)) == ("100 %", "above 99.99 %", "0 %", "50.0 %")
 
 
 def test_a_map_has_norm_one_before_the_mean_over_channels() -> None:

@@ -127,7 +127,8 @@ def test_a_loss_that_does_not_fit_is_named() -> None:
 def test_twin_loss_weighs_rare_classes() -> None:
     scores, labels = torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 0])
     weighted = twin_loss(torch.tensor([0.9, 0.1]))(scores, labels)
-    expected = (9 * torch.log1p(torch.exp(torch.tensor(-2.0))) + torch.log1p(torch.exp(torch.tensor(-1.0)))) / 2
+    # weights 1 / (2 * share): 5 for the rare class and 5/9 for the other
+    expected = (5 * torch.log1p(torch.exp(torch.tensor(-2.0))) + 5 / 9 * torch.log1p(torch.exp(torch.tensor(-1.0)))) / 2
     assert weighted == pytest.approx(float(expected))
     assert unbalanced(torch.tensor([0.7, 0.3]))
     assert not unbalanced(torch.tensor([0.55, 0.45]))
@@ -198,3 +199,10 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "networks" / "otnn.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-5), name
+
+
+def test_a_binary_network_can_be_trained_with_cross_entropy() -> None:
+    loss = make_loss(LossConfig(name="cross_entropy", temperature=2.0), torch.tensor([0.5, 0.5]))
+    scores, labels = torch.tensor([[1.0], [-0.5]]), torch.tensor([1, 1])
+    expected = (torch.log1p(torch.exp(torch.tensor(-2.0))) + torch.log1p(torch.exp(torch.tensor(1.0)))) / 4
+    assert loss(scores, labels) == pytest.approx(float(expected))

@@ -28,12 +28,14 @@ class Counterfactual:
     Attributes:
         prediction: (batch,) the class at the input.
         target: (batch,) the class that the path leads to.
-        radius: (batch,) g(x), a certified lower bound of the distance to the target's boundary.
+        pair_radius: (batch,) g(x), a certified lower bound of the distance to where the pair is even; the radius of the
+            prediction, against all rivals, is `otnn.certify.certify`'s.
         one_step: (batch, ...) x - g(x) grad g(x), on the boundary at the optimum.
         boundary: (batch, ...) x - t* u, t* the sign-changed end of a bisection; NaN where none was found.
         boundary_distance: (batch,) t*, where the pair is even: a crossing, though not surely the first, and with a
             chosen target other classes may have come between; NaN where none was found.
-        tightness: (batch,) g(x) / t* in [0, 1]: 1 where the bound and the explanation are exact; NaN likewise.
+        tightness: (batch,) g(x) / t*, at most 1 up to rounding if the bound holds, and 1 where bound and explanation
+            are exact; NaN likewise.
         distances: (batch, steps) lengths t along the path, from 0 to twice t*.
         path: (batch, steps, ...) images x - t u; they may leave [0, 1].
         potential: (batch, steps) the pair potential along the path.
@@ -44,7 +46,7 @@ class Counterfactual:
 
     prediction: Tensor
     target: Tensor
-    radius: Tensor
+    pair_radius: Tensor
     one_step: Tensor
     boundary: Tensor
     boundary_distance: Tensor
@@ -122,11 +124,11 @@ def counterfactual(
         return Counterfactual(
             prediction=own,
             target=rival,
-            radius=potential.clamp(min=0),
+            pair_radius=potential.clamp(min=0),
             one_step=inputs - _spread(potential, inputs) * gradient,
             boundary=inputs - _spread(boundary_distance, inputs) * direction,
             boundary_distance=boundary_distance,
-            tightness=(potential / boundary_distance).clamp(max=1),
+            tightness=potential / boundary_distance,
             distances=lengths,
             path=path,
             potential=along,
@@ -142,8 +144,8 @@ def _bisect(potential_at: Callable[[Tensor, Tensor], Tensor], potential: Tensor,
     The potential is 1-Lipschitz, so it cannot change sign before a length of g(x): the search starts there.
     """
     index = movable.nonzero().squeeze(1)
-    low = potential[index].clone()
-    high = low.clone()
+    high = potential[index].clone()
+    low = torch.zeros_like(high)
     result = torch.full_like(potential, torch.nan)
     open_ = torch.ones(len(index), dtype=torch.bool, device=potential.device)
     while bool(open_.any()):
@@ -177,7 +179,7 @@ def _status(own: Tensor, rival: Tensor, potential: Tensor, norm: Tensor, found: 
         elif norm[k] == 0:
             reasons.append("the gradient is zero: no direction")
         elif not found[k]:
-            reasons.append("no boundary within 64 certified radii along the gradient")
+            reasons.append("no change of sign at the lengths tried, up to 64 certified radii along the gradient")
         else:
             reasons.append("ok")
     return tuple(reasons)

@@ -39,8 +39,3 @@ def saliency(model: Classifier, inputs: Tensor, target: Tensor) -> Tensor:
     chosen = factor * class_scores(scores).gather(1, target.unsqueeze(1))
     (gradient,) = torch.autograd.grad(chosen.sum(), inputs)
     return gradient
-
-
-def channel_mean(maps: Tensor) -> Tensor:
-    """A map for pictures: (batch, channels, height, width) to (batch, height, width), signs kept."""
-    return maps.mean(dim=1)

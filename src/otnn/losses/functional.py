@@ -19,8 +19,8 @@ HINGE_FORMS = ("joint", "separate")
 def kr(scores: Tensor, labels: Tensor, *, prior: float | None = None, center: Margin = 0.0) -> Tensor:
     """Kantorovich-Rubinstein loss -(E[f | positive] - E[f | negative]): minus a lower bound of W1 if f is 1-Lipschitz.
 
-    On a batch it is -mean_i s_i (f(x_i) - c) with s_i = 1/p on positives and -1/(1-p) on negatives: unbiased whatever
-    the batch holds, and the mean over batches is the loss of their union.
+    On a batch it is -mean_i s_i (f(x_i) - c) with s_i = 1/p on positives and -1/(1-p) on negatives. With `prior` it is
+    unbiased whatever the batch holds, and the mean over equal batches is the loss of their union.
 
     Args:
         scores: (batch,) or (batch, 1).
@@ -82,7 +82,7 @@ def hkr(
     alpha: float | None = None,
     prior: float | None = None,
     center: Margin = 0.0,
-    sample_weight: Tensor | None = None,
+    balanced: bool = False,
 ) -> Tensor:
     """Binary hKR loss -KR(f) + lambda E[(m - Y f)_+], with the penalty -lambda alpha m where `alpha` is given.
 
@@ -97,7 +97,7 @@ def hkr(
         alpha: target share of the data inside the margin.
         prior: see `kr`.
         center: see `kr`.
-        sample_weight: (batch,) weights of the hinge, mean 1 under the sampler.
+        balanced: weigh the hinge so that both classes count the same; the law behind alpha then has p = 1/2.
 
     Returns:
         A scalar.
@@ -109,9 +109,10 @@ def hkr(
         >>> hkr(torch.tensor([3.0, 1.0]), torch.tensor([1, 0]), margin=1.0, hinge_weight=10.0)
         tensor(8.)
     """
-    scores, _, prior = _binary(scores, labels, prior)
+    scores, positive, prior = _binary(scores, labels, prior)
     if alpha is not None:
-        check_alpha(alpha, prior if sample_weight is None else 0.5)
+        check_alpha(alpha, 0.5 if balanced else prior)
+    sample_weight = torch.where(positive, 0.5 / prior, 0.5 / (1 - prior)).to(scores.dtype) if balanced else None
     weight = resolve_hinge_weight(hinge_weight, alpha)
     loss = kr(scores, labels, prior=prior, center=center)
     loss = loss + weight * hinge(scores, labels, margin=margin, sample_weight=sample_weight)
@@ -189,7 +190,8 @@ def soft_hkr(
         labels: (batch,) integers in 0..classes-1.
         margin: m >= 0, or (classes,) margins m_y.
         hinge_weight: lambda >= 0; 1/alpha if only alpha is given.
-        alpha: target share of each class inside its margin, in (0, 1).
+        alpha: target share of each class inside its margin, in (0, 1); with `hinge_form="separate"`, of the sum of both
+            hinges' shares.
         temperature: tau > 0: how much the largest rival dominates.
         priors: (classes,) shares of the classes under the sampler; by default those of this batch.
         center: (classes,) running means for `kr_form="one_vs_all"`; see `kr`.
@@ -233,7 +235,7 @@ def temperature_cross_entropy(scores: Tensor, labels: Tensor, *, temperature: fl
     """Cross-entropy of `temperature` times the scores, divided by it: the usual rival of hKR on 1-Lipschitz networks.
 
     Args:
-        scores: (batch, classes).
+        scores: (batch, classes), or one score each, (batch,) or (batch, 1), positive for label 1.
         labels: (batch,) integers in 0..classes-1.
         temperature: > 0; large values approach a margin loss.
 
@@ -247,8 +249,11 @@ def temperature_cross_entropy(scores: Tensor, labels: Tensor, *, temperature: fl
         >>> temperature_cross_entropy(torch.zeros(1, 2), torch.tensor([0]), temperature=2.0)
         tensor(0.3466)
     """
-    _one_hot(scores, labels)
     check_temperature(temperature)
+    if scores.ndim == 1 or (scores.ndim == 2 and scores.shape[1] == 1):
+        scores, positive, _ = _binary(scores, labels, 0.5)
+        return F.binary_cross_entropy_with_logits(temperature * scores, positive.to(scores.dtype)) / temperature
+    _one_hot(scores, labels)
     return F.cross_entropy(temperature * scores, labels.long()) / temperature
 
 

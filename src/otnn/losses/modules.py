@@ -61,8 +61,9 @@ class _RunningMean(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(batch_values)
             batch_values = batch_values / dist.get_world_size()
-        self.value.lerp_(torch.where(torch.isfinite(batch_values), batch_values, self.value), 1 - _MOMENTUM)
-        self.steps += 1
+        finite = torch.isfinite(batch_values).all()
+        self.value.lerp_(torch.where(finite, batch_values, self.value), 1 - _MOMENTUM)
+        self.steps += finite
 
 
 class _MarginLoss(Loss):
@@ -91,6 +92,18 @@ class _MarginLoss(Loss):
     def _usable_margin(self) -> Tensor:
         """The margin; inside a step of a line search, before it is retracted, a learned one may be negative."""
         return self.margin.clamp(min=0)
+
+
+def _check_learned(alpha: float, prior: float) -> None:
+    """Refuse an alpha without a finite margin, and warn where most of the rarer class would lie inside it."""
+    L.check_alpha(alpha, prior)
+    inside = alpha / (2 * min(prior, 1 - prior))
+    if inside > 0.25:
+        warnings.warn(
+            f"alpha = {alpha:g} puts {inside:.0%} of the rarer class inside the margin at the optimum; "
+            "lower alpha or balance the classes",
+            stacklevel=3,
+        )
 
 
 class KRLoss(Loss):
@@ -162,22 +175,11 @@ class HKRLoss(_MarginLoss):
             raise InputError(f"prior: expected the share of label 1, in (0, 1), got {prior}")
         self.prior, self.balanced = prior, balanced
         if alpha is not None:
-            effective = 0.5 if balanced else prior
-            L.check_alpha(alpha, effective)
-            inside = alpha / (2 * min(effective, 1 - effective))
-            if inside > 0.25:
-                warnings.warn(
-                    f"alpha = {alpha:g} puts {inside:.0%} of the rarer class inside the margin at the optimum; "
-                    "lower alpha or balance the classes",
-                    stacklevel=2,
-                )
+            _check_learned(alpha, 0.5 if balanced else prior)
         self.running_mean = _RunningMean(1)
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch,) or (batch, 1) scores."""
-        weight = None
-        if self.balanced:
-            weight = torch.where(labels == 1, 0.5 / self.prior, 0.5 / (1 - self.prior))
         loss = L.hkr(
             scores,
             labels,
@@ -186,7 +188,7 @@ class HKRLoss(_MarginLoss):
             alpha=self.alpha,
             prior=self.prior,
             center=self.running_mean().to(scores.dtype),
-            sample_weight=weight,
+            balanced=self.balanced,
         )
         self.running_mean.update(scores.mean().view(1))
         return loss
@@ -217,7 +219,7 @@ class OneVsAllHKRLoss(_MarginLoss):
         super().__init__(margin, alpha, len(priors))
         self.hinge_weight = L.resolve_hinge_weight(hinge_weight, alpha)
         if alpha is not None:
-            L.check_alpha(alpha, float(torch.minimum(priors, 1 - priors).min()))
+            _check_learned(alpha, float(torch.minimum(priors, 1 - priors).min()))
         self.register_buffer("priors", priors.double())
         self.running_mean = _RunningMean(len(priors))
 

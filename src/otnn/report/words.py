@@ -9,13 +9,16 @@ def percent(share: float) -> str:
     """A share in [0, 1] as a percentage; 100 and 0 stand for exactly all and none.
 
     Example:
-        >>> percent(0.97777), percent(1.0), percent(0.9999), percent(0.0001)
-        ('97.8 %', '100 %', '99.99 %', '0.01 %')
+        >>> percent(0.97777), percent(1.0), percent(0.9999), percent(0.99999)
+        ('97.8 %', '100 %', '99.99 %', 'above 99.99 %')
     """
     if share in (0, 1):
         return f"{100 * share:.0f} %"
     text = f"{100 * share:.1f}"
-    return f"{100 * share:.2f} %" if text in ("100.0", "0.0") else f"{text} %"
+    if text not in ("100.0", "0.0"):
+        return f"{text} %"
+    text = f"{100 * share:.2f}"
+    return {"100.00": "above 99.99 %", "0.00": "below 0.01 %"}.get(text, f"{text} %")
 
 
 def down(value: float, digits: int = 3) -> str:
@@ -44,14 +47,14 @@ def up(value: float, digits: int = 6) -> str:
 
 
 def evenly(radius: float, shape: Sequence[int]) -> str:
-    """A radius as the change of every value, in grey levels of 255, when it is spread evenly.
+    """A radius as the change of every value, in grey levels of 255, when it is spread evenly; rounded down.
 
     Example:
         >>> evenly(0.5, (1, 8, 8))
         '15.9'
     """
     levels = radius / math.sqrt(math.prod(shape)) * 255
-    return f"{levels:.1f}" if levels >= 1 else f"{levels:.2g}"
+    return down(levels, 1 if levels >= 1 else 2)
 
 
 def in_one_place(radius: float, channels: int) -> str:

@@ -40,7 +40,7 @@ def certify_run(run: Run, *, dataset: Dataset | None = None, device: str | torch
         right = certificate.prediction == labels
         figures: dict[str, Any] = {
             "certified_accuracy": certified_accuracy(certificate, labels, RADII),
-            "mean_radius": float((certificate.radius * right).mean()),
+            "mean_radius": float(torch.where(right, certificate.radius, 0.0).mean()),
             "lipschitz_bound": body.constant,
         }
         columns = {

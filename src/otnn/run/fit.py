@@ -1,7 +1,7 @@
 """The training loop, the same for the OTNN and its twin, on one process or several.
 
-Under `torchrun` every process sees its share of each batch and gradients are averaged, so that the weights are those of
-one process with the whole batch.
+Under `torchrun` every process sees its share of each batch and gradients are averaged, so that the weights of the OTNN
+are those of one process with the whole batch. Batch normalisation sees the share only, so those of the twin are not.
 """
 
 import time
@@ -18,6 +18,7 @@ from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.manifold import keep_on_manifold
 from otnn.models import Classifier, predict
+from otnn.nn import OrthoConv2d
 from otnn.run.config import TrainingConfig
 from otnn.run.distributed import rank, world
 
@@ -82,10 +83,18 @@ def fit(
     """
     device = model.head.weight.device
     loss = loss.to(device)
-    batch_size = min(config.batch_size, len(train))
+    batch_size = min(config.batch_size, len(train)) // world() * world()
+    if batch_size < min(config.batch_size, len(train)) and len(train) >= config.batch_size:
+        raise InputError(
+            f"training.batch_size: expected a multiple of the {world()} processes, got {config.batch_size}"
+        )
     if batch_size < 2 * world():
-        raise InputError(f"expected at least {2 * world()} training images, got {len(train)}")
-    memory_format = torch.channels_last if any(p.ndim == 4 for p in _weights(model)) else torch.contiguous_format
+        raise InputError(
+            f"expected at least two images for each of {world()} processes, got {len(train)} training images in "
+            f"batches of {config.batch_size}"
+        )
+    convolutional = any(isinstance(layer, OrthoConv2d | nn.Conv2d) for layer in model.modules())
+    memory_format = torch.channels_last if convolutional else torch.contiguous_format
     model.to(memory_format=memory_format)  # type: ignore[call-overload]
     objective: nn.Module = Objective(model, loss)
     parallel = DistributedDataParallel(objective) if world() > 1 else objective
@@ -185,14 +194,6 @@ def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterato
     """Random batches of equal size; the last, partial one is dropped."""
     order = torch.randperm(count, generator=generator)
     yield from order[: count // batch_size * batch_size].split(batch_size)
-
-
-def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, and the composed kernels of convolutions."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor):
-            yield weight
 
 
 def _share_of_process(batch_size: int) -> slice:

@@ -119,7 +119,7 @@ def open_run(path: Path) -> Run:
     for name, checksum in checksums.items():
         if not (path / name).is_file():
             raise InputError(f"{path}: half-written: {name} is missing; train again")
-        if name.startswith("networks/") and sha256(path / name) != checksum:
+        if sha256(path / name) != checksum:
             raise InputError(
                 f"{path / name}: its SHA-256 differs from the manifest's: the file was changed; train again"
             )
@@ -137,6 +137,7 @@ def new_run(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         InputError: `path` exists and `force` is not given, or it is not a run folder and so is never replaced.
     """
+    path = path.absolute()
     if path.exists():
         if not force:
             raise InputError(f"{path}: exists already; choose another --out, or overwrite it with --force")

@@ -20,6 +20,7 @@ from otnn.data import KNOWN, Dataset, Split, load
 from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.models import Classifier, build, default_widths, parameter_count, predict
+from otnn.potential import class_scores
 from otnn.run.config import Config, DataConfig, LossConfig
 from otnn.run.distributed import processes, rank
 from otnn.run.fit import EpochMetrics, fit, scores_of
@@ -62,6 +63,7 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             "format": 1,
             "data": describe(dataset),
             "versions": versions(),
+            "device": str(place),
             "seed": config.seed,
             "seconds": {},
         }
@@ -198,7 +200,7 @@ def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
     name = config.name
     if name == "auto":
         name = "hkr" if len(shares) == 2 else "soft_hkr"
-    if (name == "hkr") != (len(shares) == 2):
+    if name != "cross_entropy" and (name == "hkr") != (len(shares) == 2):
         raise InputError(
             f"loss.name: {name} does not fit {len(shares)} classes; expected hkr for two, another for more"
         )
@@ -218,19 +220,28 @@ def make_loss(config: LossConfig, shares: Tensor) -> losses.Loss:
     return losses.TemperatureCrossEntropyLoss(config.temperature)
 
 
-class _BinaryCrossEntropy(nn.BCEWithLogitsLoss):
-    """Cross-entropy of one output, called with integer labels like every loss here."""
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy with fixed class weights, of one output or several: the mean over samples of weight times loss.
+
+    Unlike torch's it does not divide by the batch's own sum of weights, so that the mean over processes is the mean.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return super().forward(scores.squeeze(1), labels.to(scores.dtype))
+        """Return the scalar loss of (batch, outputs) scores."""
+        losses_of = nn.functional.cross_entropy(class_scores(scores), labels, reduction="none")
+        return (self.weights[labels] * losses_of).mean()
 
 
 def twin_loss(shares: Tensor) -> nn.Module:
-    """Cross-entropy, with class weights where the classes are unbalanced."""
-    weights = 1 / shares.float() if unbalanced(shares) else torch.ones(len(shares))
-    if len(shares) == 2:
-        return _BinaryCrossEntropy(pos_weight=weights[1] / weights[0])
-    return nn.CrossEntropyLoss(weight=weights / weights.mean())
+    """Cross-entropy, with class weights 1 / (classes * share) where the classes are unbalanced."""
+    balanced = 1 / (len(shares) * shares.float())
+    return WeightedCrossEntropy(balanced if unbalanced(shares) else torch.ones(len(shares)))
 
 
 def unbalanced(shares: Tensor) -> bool:
@@ -293,12 +304,15 @@ def describe_loss(loss: losses.Loss, config: Config) -> dict[str, Any]:
         (losses.SoftHKRLoss, "soft_hkr"),
         (losses.TemperatureCrossEntropyLoss, "cross_entropy"),
     )
+    name = next(name for kind, name in names if isinstance(loss, kind))
     margin = getattr(loss, "margin", None)
-    return {
-        "loss": next(name for kind, name in names if isinstance(loss, kind)),
-        "loss_settings": {k: v for k, v in dataclasses.asdict(config.loss).items() if k != "name" and v is not None},
-        "margin": margin.tolist() if isinstance(margin, Tensor) else None,
+    used = {"hinge_weight", "alpha"} if name != "cross_entropy" else {"temperature"}
+    if name == "soft_hkr":
+        used |= {"temperature", "kr_form", "hinge_form"}
+    settings = {
+        key: value for key, value in dataclasses.asdict(config.loss).items() if key in used and value is not None
     }
+    return {"loss": name, "loss_settings": settings, "margin": margin.tolist() if isinstance(margin, Tensor) else None}
 
 
 def versions() -> dict[str, str]:
@@ -321,9 +335,12 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise InputError(
-            f"device: {name!r} cannot be used here; expected auto, cpu, or an accelerator that torch finds, as cuda"
+            f"device: {name!r} cannot be used here; expected auto, cpu, or an accelerator with float64 that torch finds"
         ) from None
+    # TensorFloat-32 keeps ten bits of a product: no ground for certificates, nor for staying on a manifold
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     return device
