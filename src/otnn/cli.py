@@ -1,6 +1,7 @@
 """The command line: one command a stage, each from files to files of one run folder."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -252,6 +253,8 @@ def radii_table(results: dict[str, Any]) -> Table:
 
 
 def _print(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process speaks
     if as_json:
         print(json.dumps(content, indent=2))
     else:
@@ -260,7 +263,7 @@ def _print(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:
 
 
 def _say(message: str, as_json: bool) -> None:
-    if not as_json:
+    if not as_json and os.environ.get("RANK", "0") == "0":
         _out.print(message, soft_wrap=True)
 
 

@@ -3,9 +3,11 @@
 import time
 from pathlib import Path
 
+from otnn.errors import InputError
 from otnn.report import write_report
 from otnn.run.certify import certify_run
 from otnn.run.config import Config
+from otnn.run.distributed import launched
 from otnn.run.explain import explain_gallery
 from otnn.run.folder import Run
 from otnn.run.train import choose_device, dataset_of, train
@@ -15,8 +17,12 @@ def run_all(config: Config, out: Path, *, force: bool = False, device: str = "au
     """Train, certify, explain and report into one run folder.
 
     Raises:
-        InputError: see `otnn.run.train.train`.
+        InputError: see `otnn.run.train.train`; more than one process.
     """
+    if launched() > 1:
+        raise InputError(
+            "demo runs in one process; under torchrun use `otnn train`, then the other commands without it"
+        )
     start = time.perf_counter()
     run = train(config, out, force=force, device=device)
     dataset = dataset_of(run)

@@ -8,6 +8,11 @@ import torch
 import torch.distributed as dist
 
 
+def launched() -> int:
+    """The number of processes that `torchrun` says it started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def world() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -21,7 +26,7 @@ def rank() -> int:
 @contextmanager
 def processes(device: torch.device) -> Iterator[torch.device]:
     """Join the group that `torchrun` announces, and yield this process's own device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world() > 1:
+    if launched() == 1 or world() > 1:
         yield device
         return
     on_gpu = device.type == "cuda"
