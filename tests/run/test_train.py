@@ -206,3 +206,14 @@ def test_a_binary_network_can_be_trained_with_cross_entropy() -> None:
     scores, labels = torch.tensor([[1.0], [-0.5]]), torch.tensor([1, 1])
     expected = (torch.log1p(torch.exp(torch.tensor(-2.0))) + torch.log1p(torch.exp(torch.tensor(1.0)))) / 4
     assert loss(scores, labels) == pytest.approx(float(expected))
+
+
+def test_several_processes_take_equal_shares_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otnn.run.fit.world", lambda: 2)
+    split = Split(torch.rand(9, 1, 4, 4), torch.arange(9) % 2)
+    model = build("dense", (1, 4, 4), 2, widths=(4,))
+    loss = losses.HKRLoss(margin=0.1, hinge_weight=1.0)
+    for batch_size, text in ((5, "expected a multiple of the 2 processes, got 5"), (2, "two images for each of 2")):
+        settings = TrainingConfig(epochs=1, batch_size=batch_size)
+        with pytest.raises(InputError, match=text):
+            fit(model, loss, split, split, settings, learning_rate=0.1, constrained=True, seed=0)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from otnn.certify import certified_accuracy, certify
 from otnn.data import Split
@@ -83,16 +85,7 @@ def fit(
     """
     device = model.head.weight.device
     loss = loss.to(device)
-    batch_size = min(config.batch_size, len(train)) // world() * world()
-    if batch_size < min(config.batch_size, len(train)) and len(train) >= config.batch_size:
-        raise InputError(
-            f"training.batch_size: expected a multiple of the {world()} processes, got {config.batch_size}"
-        )
-    if batch_size < 2 * world():
-        raise InputError(
-            f"expected at least two images for each of {world()} processes, got {len(train)} training images in "
-            f"batches of {config.batch_size}"
-        )
+    batch_size = _batch_size(len(train), config.batch_size)
     convolutional = any(isinstance(layer, OrthoConv2d | nn.Conv2d) for layer in model.modules())
     memory_format = torch.channels_last if convolutional else torch.contiguous_format
     model.to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -103,12 +96,7 @@ def fit(
     handle = keep_on_manifold(optimizer, model, loss)
     per_epoch = len(train) // batch_size
     steps = config.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=learning_rate,
-        total_steps=steps + 1,
-        pct_start=max(config.warmup_share, 2 / (steps + 1)),  # a warm-up of no step divides by zero in torch
-    )
+    schedule = _one_cycle(optimizer, learning_rate, steps, config.warmup_share)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     step = 0
@@ -157,6 +145,24 @@ def augment(images: Tensor, config: TrainingConfig, generator: torch.Generator) 
         batch = torch.arange(len(images))
         images = images.movedim(1, 3)[batch[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
     return images
+
+
+def _batch_size(images: int, configured: int) -> int:
+    """The samples of a step over all processes: equal shares, at least two images each."""
+    batch_size = min(configured, images) // world() * world()
+    if batch_size < configured <= images:
+        raise InputError(f"training.batch_size: expected a multiple of the {world()} processes, got {configured}")
+    if batch_size < 2 * world():
+        raise InputError(
+            f"expected at least two images for each of {world()} processes, got {images} training images in batches of "
+            f"{configured}"
+        )
+    return batch_size
+
+
+def _one_cycle(optimizer: Optimizer, peak: float, steps: int, warmup_share: float) -> LRScheduler:
+    share = max(warmup_share, 2 / (steps + 1))  # a warm-up of no step divides by zero in torch
+    return OneCycleLR(optimizer, max_lr=peak, total_steps=steps + 1, pct_start=share)
 
 
 def _measure(
