@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from otnn.report.figures import DIVERGING
+
 _FRAMES = 7
 _LABEL = 18  # letters
 
@@ -23,6 +25,7 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     Returns:
         The bytes of a PNG.
     """
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     image, path, scores = arrays["images"][0], arrays["path"][0], arrays["scores"][0]
@@ -38,12 +41,14 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     _show(top[0], image, f"{prediction}\ncertified radius {radius:.3f}")
     scaled = {name: _unit(values).mean(axis=0) for name, values in maps.items()}
     limit = max(float(np.abs(values).max()) for values in scaled.values()) or 1.0
+    # the colours of the page
+    colours = LinearSegmentedColormap.from_list("diverging", [[part / 255 for part in stop] for stop in DIVERGING])
     for axes, (name, values) in zip(top[1:-1], scaled.items(), strict=True):
-        drawn = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        drawn = axes.imshow(values, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
         axes.set_title(name, fontsize=10)
         axes.set_axis_off()
     bar = rows[0].colorbar(drawn, ax=list(top[1:-1]), location="bottom", shrink=0.6, aspect=40)
-    bar.set_label("brighter here: blue lowers, red raises the score (share of the map's L2 norm)", fontsize=8)
+    bar.set_label("brighter here: blue lowers, orange raises the score (share of the map's L2 norm)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     _curves(top[-1], arrays, classes)
     lengths = arrays["distances"][0]
