@@ -50,6 +50,10 @@ Overrides = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the training.")]
 NoTwin = Annotated[bool, typer.Option("--no-twin", help="Do not train the unconstrained twin.")]
+MovedData = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Where the data of the run lie now, if they have moved.", metavar="DIR"),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of local data sets (or OTNN_DATA_DIR).", metavar="DIR")]
 
 
@@ -98,14 +102,15 @@ def train(
 
 
 @app.command()
-def certify(run: RunFolder, device: Device = "auto", as_json: AsJson = False) -> None:
+def certify(run: RunFolder, data_dir: MovedData = None, device: Device = "auto", as_json: AsJson = False) -> None:
     """Certify every test image: certificates.csv, certificates.npz and certified accuracy over radii."""
     from otnn.run.certify import certify_run
     from otnn.run.folder import open_run
-    from otnn.run.train import choose_device
+    from otnn.run.train import choose_device, dataset_of
 
+    place = choose_device(device)
     opened = open_run(run)
-    figures = certify_run(opened, device=choose_device(device))
+    figures = certify_run(opened, dataset=dataset_of(opened, data_dir), device=place)
     _print(figures, as_json, radii_table(opened.results()))
 
 
@@ -117,6 +122,7 @@ def explain(
     ] = None,
     target: Annotated[str | None, typer.Option(help="The class that the counterfactuals go to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/explanations by default.")] = None,
+    data_dir: MovedData = None,
     skip_broken: SkipBroken = False,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite pictures that exist.")] = False,
@@ -125,14 +131,14 @@ def explain(
     """Show where a prediction comes from, and the image that another class would need."""
     from otnn.run.explain import explain_files, explain_gallery
     from otnn.run.folder import open_run
-    from otnn.run.train import choose_device
+    from otnn.run.train import choose_device, dataset_of
 
     place = choose_device(device)
     opened = open_run(run)
     if not images:
         if target is not None or out is not None:
             raise InputError("--target and --out go with image files; give some, or leave them out for the gallery")
-        file = explain_gallery(opened, device=place)
+        file = explain_gallery(opened, dataset=dataset_of(opened, data_dir), device=place)
         _print({"gallery": str(file)}, as_json, f"gallery of test images: {file}")
         return
     rows = explain_files(opened, images, target=target, out=out, force=force, skip_broken=skip_broken, device=place)
@@ -148,18 +154,23 @@ def explain(
 
 
 @app.command()
-def report(run: RunFolder, as_json: AsJson = False) -> None:
+def report(run: RunFolder, data_dir: MovedData = None, as_json: AsJson = False) -> None:
     """Write report.html: one page that a non-expert can read; runs certify and explain where they are missing."""
     from otnn.report import write_report
     from otnn.run.certify import certify_run
     from otnn.run.explain import explain_gallery
     from otnn.run.folder import open_run
+    from otnn.run.train import dataset_of
 
     opened = open_run(run)
-    if not (run / "certificates.npz").exists() or "certified_accuracy" not in opened.results()["otnn"]:
-        certify_run(opened)
-    if not (run / "explanations.npz").exists():
-        explain_gallery(opened)
+    certified = (run / "certificates.npz").exists() and "certified_accuracy" in opened.results()["otnn"]
+    explained = (run / "explanations.npz").exists()
+    if not (certified and explained):
+        dataset = dataset_of(opened, data_dir)
+        if not certified:
+            certify_run(opened, dataset=dataset)
+        if not explained:
+            explain_gallery(opened, dataset=dataset)
     file = write_report(run)
     _print({"report": str(file)}, as_json, f"report: {file}")
 

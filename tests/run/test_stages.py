@@ -16,7 +16,7 @@ from otnn.run import config
 from otnn.run.certify import certify_run
 from otnn.run.explain import choose_gallery, class_index, explain_files, explain_gallery
 from otnn.run.folder import Run, open_run
-from otnn.run.train import load_dataset, train
+from otnn.run.train import dataset_of, load_dataset, train
 
 
 def test_certify_writes_the_same_figures_everywhere(run: Run) -> None:
@@ -146,7 +146,9 @@ def test_changed_data_are_refused_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(InputError, match="have changed since"):
         certify_run(run)
     assert (run.path / "results.json").read_bytes() == before
-    shutil.rmtree(tmp_path / "pets")
+    (tmp_path / "pets" / "x").rename(tmp_path / "pets" / "cat")
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    assert dataset_of(run, tmp_path / "moved").classes == ("cat", "dog")
     with pytest.raises(InputError, match="the data of this run cannot be loaded again"):
         explain_gallery(run)
 

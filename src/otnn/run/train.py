@@ -160,16 +160,27 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def dataset_of(run: Run) -> Dataset:
+def dataset_of(run: Run, data_dir: Path | None = None) -> Dataset:
     """Load the data set that a run was trained on.
+
+    Args:
+        run: an opened run.
+        data_dir: where the data lie now, if they have moved: the folder that holds a named set, or the set's own folder.
 
     Raises:
         InputError: the data are not there, or their classes or test images have changed since.
     """
+    data = run.config.data
+    if data_dir is not None and data.name in KNOWN:
+        data = dataclasses.replace(data, data_dir=str(data_dir))
+    elif data_dir is not None:
+        data = dataclasses.replace(data, name=str(data_dir))
     try:
-        dataset = load_dataset(run.config.data)
+        dataset = load_dataset(data)
     except InputError as error:
-        raise InputError(f"the data of this run cannot be loaded again: {error}") from None
+        raise InputError(
+            f"the data of this run cannot be loaded again (--data-dir says where they are): {error}"
+        ) from None
     if fingerprint(dataset) != run.manifest["data"]:
         raise InputError(
             f"the data {run.config.data.name} have changed since {run.path} was trained: other classes or test images; "
