@@ -165,7 +165,7 @@ def dataset_of(run: Run, data_dir: Path | None = None) -> Dataset:
 
     Args:
         run: an opened run.
-        data_dir: where the data lie now, if they have moved: the folder that holds a named set, or the set's own folder.
+        data_dir: where the data lie now, if they have moved: the folder that holds a named set, or the set's own.
 
     Raises:
         InputError: the data are not there, or their classes or test images have changed since.
@@ -176,10 +176,11 @@ def dataset_of(run: Run, data_dir: Path | None = None) -> Dataset:
     elif data_dir is not None:
         data = dataclasses.replace(data, name=str(data_dir))
     try:
-        dataset = load_dataset(data)
+        with status(f"reading {data.name}"):
+            dataset = load_dataset(data)
     except InputError as error:
         raise InputError(
-            f"the data of this run cannot be loaded again (--data-dir says where they are): {error}"
+            f"the data of this run cannot be loaded again (--data-dir says where they are now): {error}"
         ) from None
     if fingerprint(dataset) != run.manifest["data"]:
         raise InputError(
