@@ -9,7 +9,7 @@ from torch import Tensor
 from otnn.checks import check_images
 from otnn.lipschitz import LipschitzBound
 from otnn.models import Classifier, check_model, predict
-from otnn.potential import class_scores, pair_distances
+from otnn.potential import logit_gap, pair_distances, rival_potentials
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,12 @@ def certify(model: Classifier, inputs: Tensor, body: LipschitzBound, *, batch_si
 def certify_scores(scores: Tensor, distances: Tensor) -> Certificate:
     """Certificates of scores (batch, outputs), given `otnn.potential.pair_distances`."""
     prediction = predict(scores)
-    logits = class_scores(scores.double())
-    own = torch.nn.functional.one_hot(prediction, logits.shape[1]).bool()
-    differences = (logits.gather(1, prediction.unsqueeze(1)) - logits).masked_fill(own, torch.inf)
-    # a tie of classes with equal rows is 0/0: nothing separates them and the radius is 0
-    potentials = (differences / distances[prediction]).nan_to_num(nan=0.0, posinf=torch.inf)
+    exact = scores.double()
     usable = torch.isfinite(scores).all(dim=1)
     return Certificate(
         prediction=prediction,
-        logit_gap=torch.where(usable, differences.amin(dim=1), 0.0),
-        radius=torch.where(usable, potentials.amin(dim=1), 0.0),
+        logit_gap=torch.where(usable, logit_gap(exact, prediction), 0.0),
+        radius=torch.where(usable, rival_potentials(exact, prediction, distances).amin(dim=1), 0.0),
     )
 
 

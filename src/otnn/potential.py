@@ -62,10 +62,28 @@ def pair_potential(scores: Tensor, own: Tensor, rival: Tensor, distances: Tensor
     return torch.where(distance > 0, difference / torch.where(distance > 0, distance, 1.0), 0.0)
 
 
-def nearest_rival(scores: Tensor, own: Tensor, distances: Tensor) -> Tensor:
-    """The class j != t with the smallest pair potential: the one whose boundary may be nearest. (batch,)"""
+def rival_potentials(scores: Tensor, own: Tensor, distances: Tensor) -> Tensor:
+    """The pair potentials of class t = `own` against every class: (batch, classes), infinite at t itself.
+
+    A tie of classes with equal rows is 0/0: nothing separates them and the potential is 0.
+    """
     logits = class_scores(scores)
     differences = logits.gather(1, own.unsqueeze(1)) - logits
     potentials = (differences / distances[own].to(scores)).nan_to_num(nan=0.0, posinf=torch.inf)
-    is_own = torch.nn.functional.one_hot(own, logits.shape[1]).bool()
-    return potentials.masked_fill(is_own, torch.inf).argmin(dim=1)
+    return potentials.masked_fill(_is_own(logits, own), torch.inf)
+
+
+def logit_gap(scores: Tensor, own: Tensor) -> Tensor:
+    """z_t - z_second of class t = `own` against the strongest other class, or |z| for one output. (batch,)"""
+    logits = class_scores(scores)
+    others = logits.masked_fill(_is_own(logits, own), -torch.inf)
+    return logits.gather(1, own.unsqueeze(1)).squeeze(1) - others.amax(dim=1)
+
+
+def nearest_rival(scores: Tensor, own: Tensor, distances: Tensor) -> Tensor:
+    """The class j != t with the smallest pair potential: the one whose boundary may be nearest. (batch,)"""
+    return rival_potentials(scores, own, distances).argmin(dim=1)
+
+
+def _is_own(logits: Tensor, own: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(own, logits.shape[1]).bool()

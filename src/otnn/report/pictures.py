@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from otnn.report.figures import DIVERGING
+from otnn.report.gallery import decisions, unit_map
 
 _FRAMES = 7
 _LABEL = 18  # letters
@@ -39,7 +40,7 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     rows: Any = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     top = rows[0].subplots(1, 2 + len(maps), width_ratios=(*[1] * (1 + len(maps)), 1.7))
     _show(top[0], image, f"{prediction}\ncertified radius {radius:.3f}")
-    scaled = {name: _unit(values).mean(axis=0) for name, values in maps.items()}
+    scaled = {name: unit_map(values) for name, values in maps.items()}
     limit = max(float(np.abs(values).max()) for values in scaled.values()) or 1.0
     # the colours of the page
     colours = LinearSegmentedColormap.from_list("diverging", [[part / 255 for part in stop] for stop in DIVERGING])
@@ -52,10 +53,10 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     bar.ax.tick_params(labelsize=8)
     _curves(top[-1], arrays, classes)
     lengths = arrays["distances"][0]
-    decided = (scores[:, 0] > 0).astype(int) if scores.shape[1] == 1 else scores.argmax(axis=1)
+    decided = decisions(scores)
     frames = rows[1].subplots(1, _FRAMES)
     for axes, k in zip(frames, np.linspace(0, len(path) - 1, _FRAMES).round().astype(int), strict=True):
-        _show(axes, path[k], f"moved {lengths[k]:.3f}\n{_label(classes[int(decided[k])])}")
+        _show(axes, path[k], f"moved {lengths[k]:.3f}\n{_label(classes[decided[k]])}")
     ending = f"even at {end:.3f}, tightness {arrays['tightness'][0]:.3f}" if status == "ok" else str(status)
     rows[1].suptitle(
         f"the way to {target}, with what the network says (clipped to [0, 1] for display); {ending}", fontsize=11
@@ -96,11 +97,6 @@ def _curves(axes: Any, arrays: Mapping[str, Any], classes: Sequence[str]) -> Non
     axes.set_title("scores along the way", fontsize=10)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8)
-
-
-def _unit(values: NDArray[Any]) -> NDArray[Any]:
-    norm = float(np.linalg.norm(values))
-    return values / norm if norm > 0 else values
 
 
 def _label(name: str) -> str:

@@ -4,6 +4,7 @@ Under `torchrun` every process sees its share of each batch and gradients are av
 are those of one process with the whole batch. Batch normalisation sees the share only, so those of the twin are not.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def fit(
             optimizer.zero_grad()
             value = parallel(images, train.labels[index][share].to(device))
             number = float(value.detach())
-            if number != number or abs(number) == float("inf"):
+            if not math.isfinite(number):
                 raise FloatingPointError(
                     f"the loss became {number} in step {step + 1}; lower training.learning_rate and train again"
                 )
