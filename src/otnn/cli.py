@@ -54,6 +54,9 @@ MovedData = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Where the data of the run lie now, if they have moved.", metavar="DIR"),
 ]
+AcceptEdits = Annotated[
+    bool, typer.Option("--accept-edits", help="Go on with a config.toml that was edited by hand since the training.")
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of local data sets (or OTNN_DATA_DIR).", metavar="DIR")]
 
 
@@ -102,15 +105,24 @@ def train(
 
 
 @app.command()
-def certify(run: RunFolder, data_dir: MovedData = None, device: Device = "auto", as_json: AsJson = False) -> None:
+def certify(
+    run: RunFolder,
+    data_dir: MovedData = None,
+    accept_edits: AcceptEdits = False,
+    arithmetic: Annotated[
+        str, typer.Option(help='Radii of the map in exact arithmetic ("real"), or as executed ("float32").')
+    ] = "real",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
     """Certify every test image: certificates.csv, certificates.npz and certified accuracy over radii."""
     from otnn.run.certify import certify_run
     from otnn.run.folder import open_run
     from otnn.run.train import choose_device, dataset_of
 
     place = choose_device(device)
-    opened = open_run(run)
-    figures = certify_run(opened, dataset=dataset_of(opened, data_dir), device=place)
+    opened = open_run(run, accept_edits=accept_edits)
+    figures = certify_run(opened, arithmetic=arithmetic, dataset=dataset_of(opened, data_dir), device=place)
     _print(figures, as_json, radii_table(opened.results()))
 
 
@@ -123,6 +135,7 @@ def explain(
     target: Annotated[str | None, typer.Option(help="The class that the counterfactuals go to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; RUN/explanations by default.")] = None,
     data_dir: MovedData = None,
+    accept_edits: AcceptEdits = False,
     skip_broken: SkipBroken = False,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite pictures that exist.")] = False,
@@ -134,7 +147,7 @@ def explain(
     from otnn.run.train import choose_device, dataset_of
 
     place = choose_device(device)
-    opened = open_run(run)
+    opened = open_run(run, accept_edits=accept_edits)
     if not images:
         if target is not None or out is not None:
             raise InputError("--target and --out go with image files; give some, or leave them out for the gallery")
@@ -154,7 +167,9 @@ def explain(
 
 
 @app.command()
-def report(run: RunFolder, data_dir: MovedData = None, as_json: AsJson = False) -> None:
+def report(
+    run: RunFolder, data_dir: MovedData = None, accept_edits: AcceptEdits = False, as_json: AsJson = False
+) -> None:
     """Write report.html: one page that a non-expert can read; runs certify and explain where they are missing."""
     from otnn.report import write_report
     from otnn.run.certify import certify_run
@@ -162,7 +177,7 @@ def report(run: RunFolder, data_dir: MovedData = None, as_json: AsJson = False) 
     from otnn.run.folder import open_run
     from otnn.run.train import dataset_of
 
-    opened = open_run(run)
+    opened = open_run(run, accept_edits=accept_edits)
     certified = (run / "certificates.npz").exists() and "certified_accuracy" in opened.results()["otnn"]
     explained = (run / "explanations.npz").exists()
     if not (certified and explained):
@@ -171,8 +186,25 @@ def report(run: RunFolder, data_dir: MovedData = None, as_json: AsJson = False) 
             certify_run(opened, dataset=dataset)
         if not explained:
             explain_gallery(opened, dataset=dataset)
-    file = write_report(run)
+    file = write_report(opened)
     _print({"report": str(file)}, as_json, f"report: {file}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="The file; RUN/otnn.onnx by default.", metavar="FILE.onnx")] = None,
+    accept_edits: AcceptEdits = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the network with its proven bounds as an ONNX file, for use without torch."""
+    from otnn.run.export import export_run
+    from otnn.run.folder import open_run
+
+    opened = open_run(run, accept_edits=accept_edits)
+    file = export_run(opened, run / "otnn.onnx" if out is None else out, force=force)
+    _print({"onnx": str(file)}, as_json, f"ONNX file: {file}")
 
 
 @app.command()

@@ -23,22 +23,36 @@ def write_whole(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole; numbers that are not finite are refused."""
-    write_whole(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+def write_through(file: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it, so that a later rename cannot overtake its content."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
-def write_npz(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a compressed npz archive whole."""
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """The text of a JSON file; numbers that are not finite raise ValueError.
+
+    Example:
+        >>> print(json_bytes({"radius": 0.5}).decode())
+        {
+          "radius": 0.5
+        }
+    """
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+    """A compressed npz archive of named arrays."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_whole(file, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256(content: bytes) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -49,7 +63,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read: {error}; make the run again with `otnn train`") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object; make the run again with `otnn train`")

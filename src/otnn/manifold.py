@@ -1,18 +1,18 @@
-"""Manifolds on which weights live, and the hook that brings them back after each optimizer step.
+"""Manifolds on which weights live, and the hooks that bring them back after each optimizer step.
 
 A manifold is three functions of a batch of points: `sample`, `retract` and `distance`. A module names the manifold
 of each constrained parameter in its attribute `manifolds`; `keep_on_manifold(optimizer, module)` does the rest.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 # The series converges where the Gram matrix is less than 1 from the identity in the spectral norm; beyond this bound of
 # that norm the exact polar factor is taken instead.
@@ -188,38 +188,119 @@ def retract_parameters(module: nn.Module) -> None:
                 for _, parameter, _ in members:
                     parameter.copy_(manifold.retract(parameter))
         except FloatingPointError as error:
-            bad = [name for name, parameter, _ in members if not torch.isfinite(parameter).all()]
-            raise FloatingPointError(
-                f"{', '.join(bad)}: {error} after an optimizer step; lower the learning rate or clip the gradient"
-            ) from error
+            bad = _not_finite({name: parameter for name, parameter, _ in members})
+            raise FloatingPointError(f"{_listed(bad or [name for name, _, _ in members])}: {error}") from error
 
 
-def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> RemovableHandle:
+def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> "ManifoldHooks":
     """Retract the constrained parameters of `modules` after every step of `optimizer`, of any kind.
+
+    A step that would leave a NaN or infinite parameter raises FloatingPointError, which names it, and the last good
+    state stays. An infinite gradient is found before the step: neither parameters nor the optimizer's state change.
+    A parameter that became infinite in the step, or a retraction that fails, takes all parameters of `modules` back to
+    where they were; the optimizer's state is then that of the failed step. Gradients that a closure computes, as for
+    L-BFGS, are seen by their effect only.
 
     Args:
         optimizer: any `torch.optim` optimizer.
         modules: networks, and losses with learned margins.
 
     Returns:
-        The handle whose `remove()` ends it.
+        The hooks, whose `remove()` ends it.
 
     Example:
         >>> from otnn.nn import OrthoLinear
         >>> layer = OrthoLinear(4, 2)
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1e6)
-        >>> handle = keep_on_manifold(optimizer, layer)
+        >>> hooks = keep_on_manifold(optimizer, layer)
         >>> layer(torch.ones(1, 4)).square().sum().backward()
         >>> optimizer.step()
         >>> bool(Stiefel().distance(layer.weight) < 1e-5)
         True
+        >>> _ = layer.weight.grad.fill_(torch.nan)
+        >>> optimizer.step()
+        Traceback (most recent call last):
+        FloatingPointError: weight got a NaN or infinite gradient, so the step was not taken; ...
+    """
+    return ManifoldHooks(optimizer, modules)
+
+
+class ManifoldHooks:
+    """What `keep_on_manifold` does before and after each step, until `remove()`.
+
+    Args:
+        optimizer: the optimizer whose steps are watched.
+        modules: those whose parameters are kept finite and on their manifolds.
     """
 
-    def retract(*_: Any) -> None:
-        for module in modules:
-            retract_parameters(module)
+    def __init__(self, optimizer: Optimizer, modules: Iterable[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._last_good: dict[nn.Parameter, Tensor] = {}
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
 
-    return optimizer.register_step_post_hook(retract)
+    def remove(self) -> None:
+        """Leave the optimizer's steps alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._last_good.clear()
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parameters = self._parameters()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        # A closure computes the gradients within the step, and a fused step of GradScaler skips infinite ones itself.
+        if closure is None and not hasattr(optimizer, "found_inf"):
+            stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None and p in stepped}
+            if bad := _not_finite(gradients):
+                raise FloatingPointError(
+                    f"{_listed(bad)} got a NaN or infinite gradient, so the step was not taken; "
+                    "check the batch, or lower the learning rate"
+                )
+        self._last_good = {p: self._copy(p) for p in parameters.values()}
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        try:
+            if bad := _not_finite(self._parameters()):
+                raise FloatingPointError(
+                    f"{_listed(bad)} became NaN or infinite in the step, which was undone; lower the learning rate"
+                )
+            for module in self._modules:
+                retract_parameters(module)
+        except BaseException:  # an interrupt, too, must not leave half of the parameters retracted
+            for parameter, good in self._last_good.items():
+                parameter.copy_(good)
+            raise
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name; a name that occurs in several modules tells which one it is from."""
+        found = [(k, name, p) for k, module in enumerate(self._modules) for name, p in module.named_parameters()]
+        times = Counter(name for _, name, _ in found)
+        return {name if times[name] == 1 else f"modules[{k}].{name}": parameter for k, name, parameter in found}
+
+    def _copy(self, p: nn.Parameter) -> Tensor:
+        """The values of a parameter, in the memory of its last copy if it fits: new memory every step is slower."""
+        copy = self._last_good.get(p)
+        if copy is None or (copy.shape, copy.dtype, copy.device) != (p.shape, p.dtype, p.device):
+            return p.clone()
+        return copy.copy_(p)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinite values."""
+    values = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors.values()]
+    if math.isfinite(float(get_total_norm(values))):  # one pass; it may also overflow where all values are finite
+        return []
+    return [name for name, value in zip(tensors, values, strict=True) if not torch.isfinite(value).all()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names; where one value is NaN, most of them soon are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _gram_excess(wide: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The networks: a dense one and a strided convolutional one, each with an unconstrained twin of the same widths."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,33 +16,33 @@ ARCHITECTURES: tuple[Architecture, ...] = ("dense", "conv")
 SIZES = (8, 128)
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Sequential):
     """A network that names its two parts: `body`, and the affine `head` that maps features to class scores.
 
     Shapes: (batch, *input_shape) pixels in [0, 1] to (batch, outputs). One output is a binary network: its sign decides
-    and class 1 is positive. Several outputs are decided by the largest.
+    and class 1 is positive. Several outputs are decided by the largest, or each by its sign if `multilabel`.
 
     Args:
         body: maps a batch of images to (batch, features).
         head: affine map from features to scores.
         input_shape: (channels, height, width).
+        multilabel: every output is a label of its own, decided by its sign.
     """
 
-    def __init__(self, body: nn.Sequential, head: nn.Linear, input_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.body = body
-        self.head = head
+    body: nn.Sequential
+    head: nn.Linear
+
+    def __init__(
+        self, body: nn.Sequential, head: nn.Linear, input_shape: Sequence[int], *, multilabel: bool = False
+    ) -> None:
+        super().__init__(OrderedDict(body=body, head=head))
         self.input_shape = tuple(input_shape)
+        self.multilabel = multilabel
 
     @property
     def classes(self) -> int:
         """The number of classes: 2 for one output."""
         return max(2, self.head.out_features)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the class scores (batch, outputs)."""
-        scores: Tensor = self.head(self.body(inputs))
-        return scores
 
 
 def check_model(model: Classifier, inputs: Tensor) -> None:
@@ -56,13 +57,19 @@ def check_model(model: Classifier, inputs: Tensor) -> None:
         raise InputError(f"inputs: expected images of shape {model.input_shape}, got {tuple(inputs.shape[1:])}")
 
 
-def predict(scores: Tensor) -> Tensor:
-    """Decide the class (batch,) from scores (batch, outputs): the sign of one output, the largest of several.
+def predict(scores: Tensor, multilabel: bool = False) -> Tensor:
+    """Decide from scores (batch, outputs): the sign of one output, the largest of several; (batch,) classes.
+
+    With several labels, the sign of each: (batch, outputs) of 0 and 1.
 
     Example:
         >>> predict(torch.tensor([[-0.5], [0.5]])), predict(torch.tensor([[0.1, 0.3, 0.2]]))
         (tensor([0, 1]), tensor([1]))
+        >>> predict(torch.tensor([[0.1, -0.3]]), multilabel=True)
+        tensor([[1, 0]])
     """
+    if multilabel:
+        return (scores > 0).long()
     return (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(dim=1)
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from otnn.errors import InputError
 from otnn.lipschitz import LipschitzBound, computes_like
+from otnn.lipschitz.rounding import gamma, power_of_two, up
 from otnn.models import Classifier
 
 
 def pair_distances(model: Classifier, body: LipschitzBound) -> Tensor:
-    """The Lipschitz constants of the score differences: L_body ||w_t - w_j||.
+    """The Lipschitz constants of the score differences, L_body ||w_t - w_j||, rounded up.
 
     Args:
         model: a classifier that names its head.
@@ -25,13 +26,33 @@ def pair_distances(model: Classifier, body: LipschitzBound) -> Tensor:
     Raises:
         InputError: a head or a model that computes something else than its type says.
     """
-    if not (computes_like(model, Classifier) and computes_like(model.head, nn.Linear)):
-        raise InputError("expected a Classifier with a linear head, both without a forward of their own or hooks")
-    rows = model.head.weight.detach().double()
+    rows = _head_rows(model)
     if len(rows) == 1:
         rows = torch.cat([-rows / 2, rows / 2])  # as two classes with scores -z/2 and z/2
-    lengths: Tensor = torch.linalg.vector_norm(rows.unsqueeze(1) - rows.unsqueeze(0), dim=2)
-    return body.constant * lengths
+    return _lengths(rows.unsqueeze(1) - rows.unsqueeze(0), body)
+
+
+def label_distances(model: Classifier, body: LipschitzBound) -> Tensor:
+    """The Lipschitz constant of each score by itself, L_body ||w_t||, rounded up: (outputs,) float64.
+
+    Raises:
+        InputError: a head or a model that computes something else than its type says.
+    """
+    return _lengths(_head_rows(model), body)
+
+
+def _head_rows(model: Classifier) -> Tensor:
+    if not (computes_like(model, Classifier) and computes_like(model.head, nn.Linear)):
+        raise InputError("expected a Classifier with a linear head, both without a forward of their own or hooks")
+    return model.head.weight.detach().double()
+
+
+def _lengths(vectors: Tensor, body: LipschitzBound) -> Tensor:
+    """Norms over the last dimension times the bound of the body, rounded up."""
+    scale = power_of_two(float(vectors.abs().max()))  # no square vanishes
+    lengths = scale * torch.linalg.vector_norm(vectors / scale, dim=-1)
+    outward: Tensor = lengths * body.constant * up(1 + gamma(vectors.shape[-1] + 8))
+    return torch.where(lengths > 0, outward, 0.0)  # also where the constant is infinite
 
 
 def class_scores(scores: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_one_output_goes_both_ways() -> None:
     assert torch.allclose(way.pair_radius, z.abs() / 5)
     assert torch.allclose(way.scores[:, -1, 0], -z)
     assert way.flipped.all()
-    assert torch.allclose(way.pair_radius, certify(model, x, ONE).radius)
+    assert torch.allclose(way.pair_radius, certify(model, x).radius)
     expected = torch.tensor([[3.0, 0, 4.0, 0]], dtype=torch.float64).view(1, 1, 2, 2)
     assert torch.allclose(saliency(model, x, way.prediction), (2 * way.prediction - 1).view(-1, 1, 1, 1) * expected)
 

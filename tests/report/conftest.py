@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from otnn.report import write_report
-from tests.report.synthetic import make_run
+from tests.report.synthetic import make_run, write_page
 
 _ARGUMENTS = [
     "--no-sandbox",
@@ -46,7 +45,7 @@ def run(tmp_path: Path) -> Path:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its report, which no test changes."""
     folder = make_run(tmp_path_factory.mktemp("written") / "run")
-    write_report(folder)
+    write_page(folder)
     return folder
 
 

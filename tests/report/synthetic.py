@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from otnn.report.load import load_run
+from otnn.report.page import render
+
 # A name that would break a page that does not escape it.
 NASTY = """<b>T-shirt/top & "x"</b>'s"""
 STEPS = 21
@@ -85,6 +88,13 @@ def make_run(
     if metrics:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training_lines(twin=twin)))
     return folder
+
+
+def write_page(folder: Path) -> Path:
+    """Write report.html as `write_report` does, which takes a run with networks and a manifest."""
+    page = render(load_run(folder))
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return folder / "report.html"
 
 
 def explanations(

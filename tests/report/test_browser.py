@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from otnn.report import write_report
-from tests.report.synthetic import NASTY, STEPS, make_run
+from tests.report.synthetic import NASTY, STEPS, make_run, write_page
 
 pytestmark = pytest.mark.browser
 
@@ -88,7 +87,7 @@ def test_the_slider_by_keyboard_moves_frame_text_and_marker(written: Path, open_
 def test_setting_the_value_moves_a_colour_picture_of_one_output(tmp_path: Path, open_page: Any) -> None:
     run = make_run(tmp_path / "run", shape=(3, 16, 16), classes=("no", "yes"), one_output=True, twin=False)
     arrays = explanations(run)
-    opened = open_page(write_report(run))
+    opened = open_page(write_page(run))
     card = opened.page.locator(".card").nth(1)
     for k, label in ((0, "no"), (8, "no"), (15, "yes")):
         set_slider(card, k)
@@ -206,7 +205,7 @@ def test_the_strip_stands_in_for_the_slider(written: Path, open_page: Any, how: 
 
 def test_twelve_colour_pictures_of_64_pixels_stay_small(tmp_path: Path, open_page: Any) -> None:
     run = make_run(tmp_path / "run", shape=(3, 64, 64), gallery=12)
-    file = write_report(run)
+    file = write_page(run)
     assert file.stat().st_size < 4_000_000
     opened = open_page(file)
     card = opened.page.locator(".card").first

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from otnn.errors import InputError
-from otnn.report import write_report
-from tests.report.synthetic import make_run
+from tests.report.synthetic import make_run, write_page
 
 
 def change_results(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -26,13 +25,10 @@ def change_arrays(file: Path, **changes: Any) -> None:
     np.savez(file, **{key: value for key, value in arrays.items() if value is not None})
 
 
-def test_the_report_lies_in_the_run_folder_and_repeats_exactly(run: Path) -> None:
-    file = write_report(run)
-    assert file == run / "report.html"
-    first = file.read_bytes()
+def test_the_page_repeats_exactly(run: Path) -> None:
+    first = write_page(run).read_bytes()
     assert first.startswith(b"<!DOCTYPE html>")
-    assert write_report(run).read_bytes() == first
-    assert not list(run.glob(".report*"))
+    assert write_page(run).read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -46,7 +42,7 @@ def test_the_report_lies_in_the_run_folder_and_repeats_exactly(run: Path) -> Non
 def test_a_missing_file_is_named_with_its_mend(run: Path, name: str, mend: str) -> None:
     (run / name).unlink()
     with pytest.raises(InputError, match=mend) as caught:
-        write_report(run)
+        write_page(run)
     assert name in str(caught.value)
     assert not (run / "report.html").exists()
 
@@ -65,7 +61,7 @@ def test_a_missing_file_is_named_with_its_mend(run: Path, name: str, mend: str) 
 def test_a_damaged_file_is_named_with_its_mend(run: Path, name: str, mend: str, content: bytes) -> None:
     (run / name).write_bytes(content)
     with pytest.raises(InputError, match=mend) as caught:
-        write_report(run)
+        write_page(run)
     assert name in str(caught.value)
 
 
@@ -73,12 +69,12 @@ def test_a_cut_archive(run: Path) -> None:
     file = run / "explanations.npz"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(InputError, match="otnn explain"):
-        write_report(run)
+        write_page(run)
 
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run folder; make one with `otnn train"):
-        write_report(tmp_path / "nowhere")
+        write_page(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -99,10 +95,10 @@ def test_no_folder(tmp_path: Path) -> None:
 def test_results_that_do_not_fit(run: Path, change: Callable[[dict[str, Any]], Any], text: str | None) -> None:
     change_results(run, change)
     if text is None:
-        write_report(run)
+        write_page(run)
         return
     with pytest.raises(InputError, match=text):
-        write_report(run)
+        write_page(run)
 
 
 @pytest.mark.parametrize(
@@ -126,20 +122,20 @@ def test_results_that_do_not_fit(run: Path, change: Callable[[dict[str, Any]], A
 def test_arrays_that_do_not_fit(run: Path, name: str, changes: dict[str, Any], text: str) -> None:
     change_arrays(run / name, **changes)
     with pytest.raises(InputError, match=text):
-        write_report(run)
+        write_page(run)
 
 
 def test_explanations_of_another_data_set(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", shape=(1, 9, 9))
     (run / "explanations.npz").write_bytes((other / "explanations.npz").read_bytes())
     with pytest.raises(InputError, match=r"expected images of shape \(1, 8, 8\).*got \(1, 9, 9\)"):
-        write_report(run)
+        write_page(run)
 
 
 def test_metrics_and_configuration_may_be_absent(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "config.toml").unlink()
-    page = write_report(run).read_text()
+    page = write_page(run).read_text()
     assert 'id="training"' not in page
     assert "data.name" not in page
 
@@ -148,7 +144,7 @@ def test_a_line_of_metrics_may_hold_no_number(run: Path) -> None:
     line = {"network": "otnn", "epoch": 4, "loss": float("nan"), "validation_accuracy": None}
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(line) + "\n")
-    assert "NaN" not in write_report(run).read_text()
+    assert "NaN" not in write_page(run).read_text()
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -160,6 +156,6 @@ def test_all_right_or_all_wrong(run: Path, right: bool) -> None:
     change_results(
         run, lambda r: r["otnn"].update(certified_accuracy=certified, accuracy=float(right), mean_radius=0.0)
     )
-    page = write_report(run).read_text()
+    page = write_page(run).read_text()
     assert f"{200 if right else 0} right: median radius" in page
     assert "nan" not in page.lower()

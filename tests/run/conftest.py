@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from otnn.report import write_report
 from otnn.run import config
+from otnn.run.certify import certify_run
+from otnn.run.explain import explain_gallery
 from otnn.run.folder import Run, open_run
 from otnn.run.train import train
 
@@ -23,3 +26,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path) -> Run:
     shutil.copytree(trained, tmp_path / "run")
     return open_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after every stage; tests that change it take `whole`, a copy."""
+    path = tmp_path_factory.mktemp("finished") / "digits"
+    shutil.copytree(trained, path)
+    opened = open_run(path)
+    certify_run(opened)
+    explain_gallery(opened, size=2)
+    write_report(opened)
+    return path
+
+
+@pytest.fixture
+def whole(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "digits")
+    return tmp_path / "digits"

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import train_test_split
+from torch import nn
 
 from otnn import losses
+from otnn.cli import main
 from otnn.data import Dataset, Split
 from otnn.errors import InputError
-from otnn.manifold import constrained_parameters
+from otnn.manifold import Stiefel, constrained_parameters
 from otnn.models import build, predict
 from otnn.run import config
 from otnn.run.config import LossConfig, TrainingConfig
@@ -43,11 +46,14 @@ def test_a_run_holds_both_networks_and_honest_results(run: Run) -> None:
     assert results["versions"]["torch"] == torch.__version__
 
 
-def test_weights_are_on_their_manifolds_after_training_and_the_bound_is_tight(run: Run) -> None:
+def test_the_stored_network_is_plain_orthogonal_and_proven(run: Run) -> None:
     network = run.network("otnn")
-    for name, parameter, manifold in constrained_parameters(network):
-        assert manifold.distance(parameter).max() < 1e-5, name
-    assert 1 <= run.results()["otnn"]["lipschitz_bound"] <= 1 + 1e-5
+    assert not list(constrained_parameters(network))
+    layers = [layer for layer in network.body if isinstance(layer, nn.Linear)]
+    assert [type(layer) for layer in layers] == [nn.Linear] * len(layers)
+    for layer in layers:
+        assert Stiefel().distance(layer.weight.double()) < 1e-5
+    assert 1 - 1e-5 <= run.results()["otnn"]["lipschitz_bound"] <= 1
     assert run.manifest["bounds"]["otnn"]["constant"] == run.results()["otnn"]["lipschitz_bound"]
 
 
@@ -169,7 +175,8 @@ def test_an_exploding_loss_stops_with_a_word(tmp_path: Path) -> None:
     split = Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
     dataset = Dataset("made", ("a", "b"), split, split, split, ())
     model = build("dense", dataset.input_shape, 2, widths=(4,))
-    with pytest.raises(FloatingPointError, match=r"lower training\.learning_rate"):
+    text = r"^in epoch 1, step 1, the loss became inf at scores of the head .*rate \(training\.learning_rate\)$"
+    with pytest.raises(FloatingPointError, match=text):
         fit(
             model,
             Broken(),
@@ -180,6 +187,30 @@ def test_an_exploding_loss_stops_with_a_word(tmp_path: Path) -> None:
             constrained=True,
             seed=0,
         )
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("learning_rate=1e38", r"the loss became (nan|inf) at scores of the head up to \d\.\de\+\d\d; lower"),
+        ("learning_rate=1e20", r"(head|body\.\d+)\.\w+.* became NaN or infinite in the step, which was undone; lower"),
+        ("twin_learning_rate=1e36", r"the loss became (nan|inf), first in the output of body\.\d+; lower"),
+    ],
+)
+def test_training_that_diverges_is_one_sentence_with_epoch_and_layer_and_leaves_no_folder(
+    setting: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--out", str(tmp_path / "run")]
+    for override in ("training.epochs=1", "model.widths=[16, 16]", f"training.{setting}"):
+        arguments += ["--set", override]
+    monkeypatch.setattr("sys.argv", ["otnn", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    key = "training." + setting.split("=")[0]
+    assert re.fullmatch(rf"otnn: training failed: in epoch 1, step \d+, {text} the learning rate \({key}\)", last), last
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def counterfactual(
     """
     check_images(inputs, box=True)
     check_model(model, inputs)
+    if model.multilabel:
+        raise InputError("counterfactuals between classes need one decision; this model decides labels one by one")
     if steps < 2:
         raise InputError(f"steps: expected at least 2 images along the path, got {steps}")
     if target is not None:

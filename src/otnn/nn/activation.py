@@ -28,6 +28,9 @@ def maxmin(inputs: Tensor, dim: int = 1) -> Tensor:
     """
     if inputs.shape[dim] % 2:
         raise InputError(f"MaxMin sorts pairs: expected an even size along dimension {dim}, got {inputs.shape[dim]}")
+    if torch.compiler.is_exporting():  # a graph for other runtimes, in operations that they know
+        first, second = inputs.chunk(2, dim)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim)
     return _differentiable_maxmin(inputs, dim)[0]
 
 

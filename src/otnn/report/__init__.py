@@ -1,18 +1,20 @@
 """The report of a run: one self-contained HTML page that a non-expert can read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from otnn.files import write_whole
+if TYPE_CHECKING:
+    from otnn.run.folder import Run
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: "Run") -> Path:
     """Write `report.html` into a run folder, whole or not at all.
 
-    It reads results.json, certificates.npz, explanations.npz, and, if they are there, metrics.jsonl and config.toml:
-    neither a network nor a data set.
+    It reads results.json, certificates.npz, explanations.npz, metrics.jsonl and config.toml: neither a network nor a
+    data set.
 
     Args:
-        run: the run folder.
+        run: an opened run.
 
     Returns:
         The file that was written.
@@ -24,7 +26,5 @@ def write_report(run: Path) -> Path:
     from otnn.report.load import load_run
     from otnn.report.page import render
 
-    content = render(load_run(run))
-    file = run / "report.html"
-    write_whole(file, content.encode())
-    return file
+    run.write({"report.html": render(load_run(run.path)).encode()}, {})
+    return run.path / "report.html"

@@ -137,6 +137,9 @@ class Config:
         for name in ("epochs", "batch_size", "learning_rate", "twin_learning_rate"):
             if not getattr(training, name) > 0:
                 raise InputError(f"training.{name}: expected a number > 0, got {getattr(training, name)}")
+        for name in ("learning_rate", "twin_learning_rate"):
+            if 1e38 < getattr(training, name) < math.inf:  # torch cannot convert it to float32
+                raise InputError(f"training.{name}: expected a rate such as 0.003, got {getattr(training, name)}")
         if not 0 < training.warmup_share < 1:
             raise InputError(f"training.warmup_share: expected a share in (0, 1), got {training.warmup_share}")
         if not 0 <= self.seed < 2**63:
@@ -147,8 +150,10 @@ class Config:
             raise InputError(f"training.shift: expected a number of pixels >= 0, got {training.shift}")
         if training.batch_size < 2:
             raise InputError("training.batch_size: expected at least 2, got 1: batch normalisation needs two samples")
-        if not (math.isfinite(training.learning_rate) and math.isfinite(training.twin_learning_rate)):
-            raise InputError("training.learning_rate: expected finite numbers > 0")
+        for section in ("data", "loss", "training"):
+            for name, value in vars(getattr(self, section)).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise InputError(f"{section}.{name}: expected a finite number, got {value}")
         if self.model.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise InputError(f"model.architecture: expected one of {known}, got {self.model.architecture!r}")

@@ -29,8 +29,8 @@ def run_all(config: Config, out: Path, *, force: bool = False, device: str = "au
     place = choose_device(device)
     certify_run(run, dataset=dataset, device=place)
     explain_gallery(run, dataset=dataset, device=place)
-    run.update_results({"seconds": {"total": round(time.perf_counter() - start, 3)}})
-    write_report(run.path)
+    run.write({}, {"seconds": {"total": round(time.perf_counter() - start, 3)}})
+    write_report(run)
     return run
 
 

@@ -13,7 +13,7 @@ from otnn.certify import certify
 from otnn.data import Dataset, Split, load_images
 from otnn.errors import InputError
 from otnn.explain import Counterfactual, counterfactual, saliency
-from otnn.files import write_npz, write_whole
+from otnn.files import npz_bytes, write_whole
 from otnn.lipschitz import LipschitzBound, bound
 from otnn.models import Classifier, predict
 from otnn.report.pictures import explanation_picture
@@ -45,10 +45,9 @@ def explain_gallery(
         arrays = explain_images(run, dataset.test.images[index], device=device)
         arrays["label"] = dataset.test.labels[index].numpy()
         arrays["index"] = index.numpy()
-        file = run.path / "explanations.npz"
-        write_npz(file, arrays)
-    run.update_results({"seconds": {"explain": round(time.perf_counter() - start, 3)}})
-    return file
+        seconds = round(time.perf_counter() - start, 3)
+        run.write({"explanations.npz": npz_bytes(arrays)}, {"seconds": {"explain": seconds}})
+    return run.path / "explanations.npz"
 
 
 def explain_files(
@@ -97,7 +96,7 @@ def explain_files(
         rows = []
         for k, picture in enumerate(pictures):
             one = {key: value[k : k + 1] for key, value in arrays.items()}
-            write_npz(picture.with_suffix(".npz"), one)
+            write_whole(picture.with_suffix(".npz"), npz_bytes(one))
             write_whole(picture, explanation_picture(one, run.classes))
             rows.append(
                 {
@@ -129,7 +128,7 @@ def explain_images(
     """
     model = run.network("otnn", device).double()
     twin = run.network("unconstrained", device).double() if run.has_twin else None
-    body = bound(model.body)
+    body = bound(model.body, model.input_shape)
     # a path of STEPS images at once, and the features of the widest layer in float64
     channels = max(64, *run.manifest["model"]["widths"])
     size = max(1, _BUDGET // (STEPS * images[0].numel() * channels * 8))
@@ -149,7 +148,7 @@ def _explain_chunk(
         "images": images.float(),
         "prediction": way.prediction,
         "target": way.target,
-        "radius": certify(model, images, body).radius,  # of the prediction, whatever the target
+        "radius": certify(model, images).radius,  # of the prediction, whatever the target
         "saliency": saliency(model, images, way.prediction).float(),
         "distances": way.distances,
         "path": way.path.float(),

@@ -7,7 +7,10 @@ are those of one process with the whole batch. Batch normalisation sees the shar
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from otnn.certify import certified_accuracy, certify
 from otnn.data import Split
 from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.manifold import keep_on_manifold
 from otnn.models import Classifier, predict
 from otnn.nn import OrthoConv2d
+from otnn.potential import pair_distances, rival_potentials
 from otnn.run.config import TrainingConfig
 from otnn.run.distributed import rank, world
 
@@ -82,7 +85,7 @@ def fit(
 
     Raises:
         InputError: fewer training images than a batch needs.
-        FloatingPointError: the loss or a weight became NaN or infinite.
+        FloatingPointError: the loss, a gradient or a weight became NaN or infinite; the message names epoch and layer.
     """
     device = model.head.weight.device
     loss = loss.to(device)
@@ -111,12 +114,13 @@ def fit(
             optimizer.zero_grad()
             value = parallel(images, train.labels[index][share].to(device))
             number = float(value.detach())
-            if not math.isfinite(number):
-                raise FloatingPointError(
-                    f"the loss became {number} in step {step + 1}; lower training.learning_rate and train again"
-                )
-            value.backward()
-            optimizer.step()
+            try:
+                _check_loss(number, model, images)
+                value.backward()
+                optimizer.step()
+            except FloatingPointError as error:
+                rate = "training.learning_rate" if constrained else "training.twin_learning_rate"
+                raise FloatingPointError(f"in epoch {epoch}, step {step + 1}, {error} ({rate})") from error
             schedule.step()
             total += number
             step += 1
@@ -166,6 +170,24 @@ def _one_cycle(optimizer: Optimizer, peak: float, steps: int, warmup_share: floa
     return OneCycleLR(optimizer, max_lr=peak, total_steps=steps + 1, pct_start=share)
 
 
+def _check_loss(value: float, model: nn.Module, images: Tensor) -> None:
+    """Raise FloatingPointError if a loss is NaN or infinite; the message names the layer where it began."""
+    if math.isfinite(value):
+        return
+    broken: list[str] = []  # innermost first: a layer ends before those that contain it
+
+    def look(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        if not torch.isfinite(output).all():
+            broken.append(name)
+
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            hooks.enter_context(layer.register_forward_hook(partial(look, name)))
+        largest = float(model(images).abs().max())
+    where = f", first in the output of {broken[0]}" if broken else f" at scores of the head up to {largest:.1e}"
+    raise FloatingPointError(f"the loss became {value}{where}; lower the learning rate")
+
+
 def _measure(
     model: Classifier,
     loss: nn.Module,
@@ -178,19 +200,20 @@ def _measure(
     start: float,
 ) -> EpochMetrics:
     model.eval()
+    scores = scores_of(model, validation.images)
+    prediction = predict(scores)
+    right = prediction == validation.labels
     certified = None
     if constrained:
-        certificate = certify(model, validation.images, bound(model.body))
-        prediction = certificate.prediction
-        certified = next(iter(certified_accuracy(certificate, validation.labels, [config.radius]).values()))
-    else:
-        prediction = predict(scores_of(model, validation.images))
+        # of the network in training, to choose by; the certificates are those of the exported one
+        radii = rival_potentials(scores, prediction, pair_distances(model, bound(model.body))).amin(dim=1)
+        certified = float((right & (radii >= config.radius)).double().mean())
     margin = getattr(loss, "margin", None)
     return EpochMetrics(
         epoch=epoch,
         step=step,
         loss=mean_loss,
-        accuracy=float((prediction == validation.labels).double().mean()),
+        accuracy=float(right.double().mean()),
         certified_accuracy=certified,
         margin=margin.tolist() if isinstance(margin, Tensor) else margin,
         seconds=time.perf_counter() - start,

@@ -6,6 +6,7 @@
 `manifest.json` is written last: a folder without it is half-written.
 """
 
+import math
 import os
 import shutil
 import tomllib
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
 from otnn import __version__
 from otnn.errors import InputError
-from otnn.files import read_json, sha256, write_json, write_whole
+from otnn.files import json_bytes, read_json, sha256, write_whole
+from otnn.lipschitz import bound, plain_structure
 from otnn.models import Classifier, build
 from otnn.run.config import Config, from_mapping, to_toml
+from otnn.run.manifest import FORMAT, MANIFEST, OTNN, TWIN, commit, sealed, verified
 
-FORMAT = 1
-NETWORKS = ("otnn", "unconstrained")
+# Bounds are computed in float64: another machine rounds them differently by far less.
+_SAME_BOUND = 1e-9
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Run:
     Attributes:
         path: the folder.
         config: its configuration.
-        manifest: format, model description, checksums and bounds.
+        manifest: format, configuration, model description, checksums and bounds, as they were at the opening.
     """
 
     path: Path
@@ -53,10 +55,10 @@ class Run:
     @property
     def has_twin(self) -> bool:
         """Whether the unconstrained twin was trained."""
-        return "networks/unconstrained.safetensors" in self.manifest["files"]
+        return TWIN in self.manifest["files"]
 
     def network(self, name: str, device: str | torch.device = "cpu") -> Classifier:
-        """Load a network in `eval()` mode, after its checksum was verified.
+        """Load a network in `eval()` mode; `open_run` has verified its checksum and its bounds.
 
         Raises:
             InputError: the file does not hold this network.
@@ -80,54 +82,98 @@ class Run:
             raise InputError(f"{self.path / 'results.json'}: damaged: data, otnn or seconds are missing; train again")
         return results
 
-    def update_results(self, changes: Mapping[str, Any]) -> None:
-        """Merge changes into results.json, table by table."""
-        results = self.results()
-        for name, value in changes.items():
-            if isinstance(value, Mapping) and isinstance(results.get(name), dict):
-                results[name].update(value)
-            else:
-                results[name] = value
-        write_json(self.path / "results.json", results)
+    def write(self, files: Mapping[str, bytes], results: Mapping[str, Any]) -> None:
+        """Write files into the folder and merge changes into results.json, table by table: all of it or nothing.
+
+        Args:
+            files: contents of `otnn.run.manifest.DERIVED`, by name.
+            results: what changes in results.json.
+
+        Raises:
+            InputError: since the opening a file was damaged, or the run was trained anew.
+        """
+        with verified(self.path) as manifest:
+            if manifest["files"][OTNN] != self.manifest["files"][OTNN]:
+                raise InputError(f"{self.path}: trained anew since it was opened; open it again, or repeat the command")
+            changed = dict(files)
+            if results:
+                changed["results.json"] = json_bytes(_merged(self.results(), results))
+            commit(self.path, manifest, changed)
 
 
-def open_run(path: Path) -> Run:
-    """Open a run folder and verify what it says of itself.
+def open_run(path: Path, *, accept_edits: bool = False) -> Run:
+    """Open a run folder and verify it: the checksum of every file, the configuration and the proven bounds.
+
+    Args:
+        path: the folder.
+        accept_edits: go on with a config.toml that was edited by hand.
 
     Raises:
-        InputError: the folder is missing, half-written, of another version, or its files were changed.
+        InputError: the folder is missing, half-written or of another version, its files were changed, or its network
+            does not have the bounds that were proven.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such run folder; make one with `otnn train --out {path}`")
-    file = path / "manifest.json"
-    if not file.exists():
+    with verified(path) as manifest:
+        run = Run(path, _read_config(path, manifest, accept_edits), manifest)
+    if not _same_bounds(manifest["bounds"], {"otnn": proven_bounds(run.network("otnn"))}):
         raise InputError(
-            f"{path}: not a whole run folder (manifest.json is missing: the training was cut short, or this is another "
-            f"folder); train again with `otnn train --out {path}`"
+            f"{path / MANIFEST}: the bounds of the manifest do not reproduce from the weights of the network; "
+            "restore the folder from a copy, or train again"
         )
-    manifest = read_json(file)
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: written in run format {manifest.get('format')} by otnn {manifest.get('otnn')}, this is otnn "
-            f"{__version__} with format {FORMAT}; use that version or train again"
-        )
-    model, checksums = manifest.get("model"), manifest.get("files")
-    described = isinstance(model, dict) and {"architecture", "classes", "input_shape", "widths"} <= set(model)
-    listed = isinstance(checksums, dict) and {"config.toml", "networks/otnn.safetensors"} <= set(checksums)
-    if not described or not listed or not isinstance(checksums, dict) or "data" not in manifest:
-        raise InputError(f"{file}: damaged: what it says of the network, its files or its data is missing; train again")
-    for name, checksum in checksums.items():
-        if not (path / name).is_file():
-            raise InputError(f"{path}: half-written: {name} is missing; train again")
-        if sha256(path / name) != checksum:
-            raise InputError(
-                f"{path / name}: its SHA-256 differs from the manifest's: the file was changed; train again"
-            )
+    return run
+
+
+def _read_config(path: Path, manifest: Mapping[str, Any], accept_edits: bool) -> Config:
+    """Read config.toml; where it was edited by hand, refuse it with the settings that changed, or accept it."""
+    file = path / "config.toml"
+    content = file.read_bytes()
     try:
-        config = from_mapping(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path / 'config.toml'}: cannot be read: {error}; train again") from None
-    return Run(path, config, manifest)
+        values = tomllib.loads(content.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file}: damaged: {error}; restore it from a copy, or train again") from None
+    if sha256(content) != manifest["files"]["config.toml"] and not accept_edits:
+        old, new = _flat(manifest["config"]), _flat(values)
+        changes = "; ".join(
+            f"{name} {_was('is', new.get(name))}, {_was('was', old.get(name))}"
+            for name in dict.fromkeys([*old, *new])
+            if repr(old.get(name)) != repr(new.get(name))
+        )
+        raise InputError(
+            f"{file}: edited by hand since the training: {changes or 'no setting changed, only layout or comments'}; "
+            "undo that, or go on with --accept-edits"
+        )
+    try:
+        config: Config = from_mapping(Config, values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return config
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of nested tables by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _was(verb: str, value: Any) -> str:
+    return f"{verb} not set" if value is None else f"{verb} {value!r}"
+
+
+def proven_bounds(network: Classifier) -> dict[str, Any]:
+    """The Lipschitz bounds of the body as a manifest keeps them: constant, and layers by name."""
+    body = bound(network.body, network.input_shape)
+    return {"constant": body.constant, "layers": dict(body.layers)}
+
+
+def _same_bounds(told: Any, found: Any) -> bool:
+    """Whether two nested tables of bounds have the same names and, up to rounding, the same numbers."""
+    if isinstance(told, Mapping) and isinstance(found, Mapping):
+        return set(told) == set(found) and all(_same_bounds(told[name], found[name]) for name in told)
+    numbers = isinstance(told, float) and isinstance(found, float)
+    return numbers and math.isclose(told, found, rel_tol=_SAME_BOUND)
 
 
 @contextmanager
@@ -141,7 +187,7 @@ def new_run(path: Path, *, force: bool) -> Iterator[Path]:
     if path.exists():
         if not force:
             raise InputError(f"{path}: exists already; choose another --out, or overwrite it with --force")
-        if not path.is_dir() or (any(path.iterdir()) and not (path / "manifest.json").exists()):
+        if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).exists()):
             raise InputError(f"{path}: is not a run folder, so --force does not replace it; choose another --out")
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
@@ -166,34 +212,54 @@ def save_run(
     config: Config,
     model: Mapping[str, Any],
     data: str,
-    networks: Mapping[str, nn.Module],
-    bounds: Mapping[str, Any],
+    networks: Mapping[str, Classifier],
     results: Mapping[str, Any],
 ) -> None:
-    """Write networks, configuration, results and, last, the manifest with its checksums."""
+    """Write networks, configuration, results with the proven bound and, last, the manifest with all checksums.
+
+    Raises:
+        FloatingPointError: weights that are not finite.
+    """
     for name, network in networks.items():
-        state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+        state = {key: value.contiguous() for key, value in network.cpu().state_dict().items()}
+        wrong = [key for key, value in state.items() if not torch.isfinite(value).all()]
+        if wrong:
+            raise FloatingPointError(f"{wrong[0]} of the network {name} is not finite; lower training.learning_rate")
         write_whole(folder / "networks" / f"{name}.safetensors", save(state))
-    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    write_json(folder / "results.json", results)
-    files = ["config.toml", *(f"networks/{name}.safetensors" for name in networks)]
+    bounds = proven_bounds(networks["otnn"])
+    text = to_toml(config)
+    write_whole(folder / "config.toml", text.encode())
+    told = _merged(results, {"otnn": {"lipschitz_bound": bounds["constant"]}})
+    write_whole(folder / "results.json", json_bytes(told))
+    files = ["config.toml", "metrics.jsonl", "results.json", *(f"networks/{name}.safetensors" for name in networks)]
     manifest = {
         "format": FORMAT,
         "otnn": __version__,
+        "config": tomllib.loads(text),
         "model": dict(model),
         "data": data,
-        "bounds": dict(bounds),
-        "files": {name: sha256(folder / name) for name in files},
+        "bounds": {"otnn": bounds},
+        "files": {name: sha256((folder / name).read_bytes()) for name in files},
     }
-    write_json(folder / "manifest.json", manifest)
+    write_whole(folder / MANIFEST, sealed(manifest))
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables with changes written over them, table by table."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        merged[name] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def empty_network(model: Mapping[str, Any], *, constrained: bool) -> Classifier:
-    """Build the network that a manifest describes; its weights are to be loaded."""
-    return build(
+    """Build the network that a manifest describes, the OTNN as exported; its weights are to be loaded."""
+    network = build(
         model["architecture"],
         model["input_shape"],
         len(model["classes"]),
         widths=model["widths"],
         constrained=constrained,
     )
+    return plain_structure(network)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from otnn import __version__, losses
 from otnn.data import KNOWN, Dataset, Split, load
 from otnn.errors import InputError
-from otnn.lipschitz import bound
+from otnn.lipschitz import export
 from otnn.models import Classifier, build, default_widths, parameter_count, predict
 from otnn.potential import class_scores
 from otnn.run.config import Config, DataConfig, LossConfig
@@ -82,6 +82,8 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             begin = time.perf_counter()
             train_network(model, loss, dataset, config, name, folder / "metrics.jsonl", quiet)
             results["seconds"][f"train_{name}"] = round(time.perf_counter() - begin, 3)
+            if constrained:
+                model = export(model)  # what is measured, stored and used from here on
             if len(dataset.classes) == 2 and unbalanced(dataset.shares):
                 tune_threshold(model, dataset.validation)
             if constrained and isinstance(loss, losses.Loss):
@@ -89,17 +91,14 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             results.setdefault(name, {}).update(measure(model, dataset))
             results[name].update(architecture=config.model.architecture, widths=list(widths))
             networks[name] = model
-        body = bound(networks["otnn"].body)
-        results["otnn"]["lipschitz_bound"] = body.constant
         model_description = {
             "architecture": config.model.architecture,
             "input_shape": list(shape),
             "classes": list(dataset.classes),
             "widths": list(widths),
         }
-        bounds = {"otnn": {"constant": body.constant, "layers": dict(body.layers)}}
         (folder / "networks").mkdir(exist_ok=True)
-        save_run(folder, resolved(config, widths), model_description, fingerprint(dataset), networks, bounds, results)
+        save_run(folder, resolved(config, widths), model_description, fingerprint(dataset), networks, results)
     return open_run(out)
 
 

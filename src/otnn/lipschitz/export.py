@@ -1,0 +1,141 @@
+"""Export: the same network in plain torch layers, every stored weight of proven norm at most 1."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from otnn.errors import InputError
+from otnn.lipschitz.convolution import convolution_bound
+from otnn.lipschitz.layers import computes_like
+from otnn.lipschitz.matrix import matrix_bound
+from otnn.lipschitz.rounding import norm_up
+from otnn.manifold import retract_parameters
+from otnn.nn import OrthoConv2d, OrthoLinear, UnitNormLinear
+
+Module = TypeVar("Module", bound=nn.Module)
+# Each try scales by the bound that was found; rounding to float32 moves a bound by some 1e-8, so few tries do.
+_TRIES = 20
+_ORTHOGONAL = (OrthoLinear, UnitNormLinear, OrthoConv2d)
+
+
+def export(module: Module) -> Module:
+    """Return a copy in plain torch layers, in `eval()` mode, for evaluation at the speed of an ordinary network.
+
+    `OrthoLinear` and `UnitNormLinear` become `torch.nn.Linear`, `OrthoConv2d` becomes `torch.nn.Conv2d` with its
+    composed kernel; layers without orthogonality (`MaxMin`, `Centering`, torch's own) are copied. The factors are
+    brought to their manifold in float64, composed, scaled down by some 1e-7, and stored in the dtype of the original
+    such that the bound of the stored numbers is at most 1: of the norm, or of each row's norm for `UnitNormLinear`.
+
+    Args:
+        module: a layer or a network.
+
+    Returns:
+        A module of the same class, except for the layers; nothing is shared with the original.
+
+    Raises:
+        FloatingPointError: a weight is NaN or infinite.
+
+    Example:
+        >>> from otnn.lipschitz import bound
+        >>> layer = OrthoConv2d(4, 8, 3, padding=1)
+        >>> exported = export(layer)
+        >>> type(exported).__name__, bound(exported).constant <= 1
+        ('Conv2d', True)
+        >>> x = torch.rand(2, 4, 9, 9)
+        >>> bool(torch.allclose(exported(x), layer(x), atol=1e-6))
+        True
+    """
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"{name} holds NaN or infinite values; lower the learning rate and train again")
+    copied: Module = copy.deepcopy(module)
+    return _replaced(copied, _exported).eval()
+
+
+def plain_structure(module: Module) -> Module:
+    """Return a network of the same plain layers as `export` would, whose weights are to be loaded."""
+    return _replaced(module, _plain).eval()
+
+
+def _replaced(module: Module, replace: Callable[[nn.Module], nn.Module]) -> Module:
+    """Replace every orthogonal layer of a module in place; a layer that is used twice stays one."""
+    done: dict[int, nn.Module] = {}
+
+    def visit(layer: nn.Module, path: str) -> nn.Module:
+        if id(layer) not in done:
+            kind = next((kind for kind in _ORTHOGONAL if isinstance(layer, kind)), None)
+            if kind is not None and not computes_like(layer, kind):
+                raise InputError(f"{path or type(layer).__name__}: computes something else than {kind.__name__}")
+            done[id(layer)] = layer if kind is None else replace(layer)
+            if kind is None:
+                for name, child in layer._modules.items():
+                    if child is not None:
+                        layer._modules[name] = visit(child, f"{path}.{name}" if path else name)
+        return done[id(layer)]
+
+    return cast(Module, visit(module, ""))
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """The plain layer of the same shape as an orthogonal one, with weights to be filled."""
+    if isinstance(layer, (OrthoLinear, UnitNormLinear)):
+        linear = cast(nn.Linear, layer)
+        dense: nn.Module = nn.utils.skip_init(
+            nn.Linear,
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        return dense
+    if isinstance(layer, OrthoConv2d):
+        convolution: nn.Module = nn.utils.skip_init(
+            nn.Conv2d,
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            padding_mode=layer.padding_mode,
+            bias=layer.bias is not None,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+        )
+        return convolution
+    return layer
+
+
+@torch.no_grad()
+def _exported(layer: nn.Module) -> nn.Module:
+    plain = _plain(layer)
+    plain.requires_grad_(all(parameter.requires_grad for parameter in layer.parameters()))
+    dtype = cast(Tensor, plain.weight).dtype
+    layer = layer.double()
+    retract_parameters(layer)
+    weight = cast(Tensor, layer.weight)
+    if isinstance(layer, UnitNormLinear):
+        stored = torch.stack([_proven(row, norm_up, dtype) for row in weight])
+    elif isinstance(layer, OrthoConv2d):
+        pair = (layer.stride, layer.stride)
+        stored = _proven(weight, lambda kernel: convolution_bound(kernel, stride=pair), dtype)
+    else:
+        stored = _proven(weight, matrix_bound, dtype)
+    filled = {"weight": stored} if layer.bias is None else {"weight": stored, "bias": cast(Tensor, layer.bias)}
+    plain.load_state_dict(filled)
+    return plain
+
+
+def _proven(weight: Tensor, bound: Callable[[Tensor], float], dtype: torch.dtype) -> Tensor:
+    """Round a weight of norm about 1 to a dtype, scaled so that the bound of what is stored is at most 1."""
+    scale = 1.0
+    for _ in range(_TRIES):
+        stored = (weight * scale).to(dtype)
+        found = bound(stored.double())
+        if found <= 1:
+            return stored
+        scale = min(scale / found, scale * (1 - 2.0**-26))
+    raise ArithmeticError(f"no scale brings the bound to 1: still {found} after {_TRIES} tries")

@@ -1,0 +1,225 @@
+"""Tracing: a network as a list of steps, each with its rule, and the torch graph that executes them."""
+
+import operator
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from otnn.errors import InputError
+from otnn.lipschitz.layers import Shape, computes_like, has_hooks, known_kind
+from otnn.lipschitz.operations import IN_PLACE, Step, is_size, step_of
+
+# Samples of the run that finds the shapes; more than one, and unlikely to be another dimension's size.
+_BATCH = 5
+_TRACING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced network: its steps in order of execution, and the torch graph that executes them."""
+
+    steps: tuple[Step, ...]
+    nodes: tuple[str, ...]
+    graph: fx.GraphModule
+
+
+class _Proxy(fx.Proxy):
+    """Records x += y as what it is: torch would trace it as x = x + y, which leaves other names of x unchanged."""
+
+    def _in_place(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    """Enter containers and the user's own modules, stop at layers that have a rule or belong to torch."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return known_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
+    """Trace a network and bound each of its layers.
+
+    Raises:
+        InputError: what `bound` raises.
+    """
+    shape = _checked_shape(getattr(module, "input_shape", None) if input_shape is None else input_shape)
+    _check_values(module)
+    single = _Tracer().is_leaf_module(module, "") or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    root = nn.Sequential(module) if single else module  # a single layer is a chain of one
+    _check_entered(root)
+    graph = _chain(root) or _symbolic(root)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    if len(inputs) > 1:
+        raise InputError(f"{inputs[1].name}: expected a network of one input")
+    _check_in_place(graph)
+    shapes = _shapes(graph, shape)
+    steps: list[Step] = []
+    nodes: list[fx.Node] = []
+    index: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            result = node.args[0]
+            if not isinstance(result, fx.Node) or result not in index:
+                raise InputError(f"{type(module).__name__}: expected one tensor as its output")
+            steps.append(Step("output", "same", (index[result],)))
+            nodes.append(node)
+            break
+        try:
+            step = step_of(graph, node, index, shapes)
+        except InputError as error:
+            name = str(node.target) if node.op == "call_module" else node.name
+            name = type(module).__name__ if root is not module else name
+            raise InputError(f"{name}: {error}") from None
+        if step is not None:
+            index[node] = len(steps)
+            steps.append(step)
+            nodes.append(node)
+    _check_faithful(root, graph, shape)
+    return Trace(tuple(steps), tuple(node.name for node in nodes), graph)
+
+
+def _chain(root: nn.Module) -> fx.GraphModule | None:
+    """The graph of a `Sequential` of layers, nested or not; None for a network with a forward of its own."""
+    graph = fx.Graph()
+    last = graph.placeholder("inputs")
+
+    def append(module: nn.Module, path: str) -> bool:
+        nonlocal last
+        if _Tracer().is_leaf_module(module, path):
+            last = graph.call_module(path, (last,))
+            return True
+        if not (isinstance(module, nn.Sequential) and computes_like(module, nn.Sequential)):
+            return False
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        return all(append(child, f"{path}.{name}" if path else name) for name, child in children)
+
+    if not append(root, ""):
+        return None
+    graph.output(last)
+    return fx.GraphModule(root, graph)
+
+
+def _symbolic(root: nn.Module) -> fx.GraphModule:
+    """Trace a network with a forward of its own. Meanwhile torch patches every module, so one thread at a time."""
+    attributes = set(vars(root)) | set(root._buffers)
+    with _TRACING:
+        try:
+            return fx.GraphModule(root, _Tracer().trace(root))
+        except InputError:
+            raise
+        except Exception as error:  # whatever a foreign forward does with a symbolic input
+            said = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{type(root).__name__}: its forward cannot be traced ({said}); expected layers applied to one input "
+                "without control flow that depends on values"
+            ) from None
+        finally:  # constants that were met on the way are left behind as attributes
+            for name in (set(vars(root)) | set(root._buffers)) - attributes:
+                delattr(root, name)
+
+
+def _check_values(module: nn.Module) -> None:
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if value.device.type == "meta" or isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise InputError(f"{name} has no values yet; load the weights first")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{name} holds NaN or infinite values; train again with a lower learning rate")
+    for name, layer in module.named_modules():
+        if layer.training and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise InputError(f"{name or type(layer).__name__}: is in training mode; call .eval() first")
+
+
+def _check_entered(root: nn.Module) -> None:
+    """Refuse hooks and replaced calls of modules that are entered: those of layers are found at the layer."""
+    for name, child in root.named_modules():
+        replaced = "forward" in vars(child) or type(child).__call__ is not nn.Module.__call__
+        if known_kind(child) is None and (has_hooks(child) or replaced):
+            raise InputError(
+                f"{name or type(child).__name__}: a forward hook or its own call may change what it computes; remove it"
+            )
+
+
+def _checked_shape(shape: Any) -> Shape | None:
+    if shape is None:
+        return None
+    if not isinstance(shape, Sequence) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise InputError(f"input_shape: expected the sizes of one sample such as (1, 28, 28), got {shape!r}")
+    return tuple(shape)
+
+
+def _check_faithful(root: nn.Module, graph: fx.GraphModule, shape: Shape | None) -> None:
+    """Refuse a network that computes something else than its trace, on random inputs."""
+    if shape is None:
+        return
+    parameter = next(graph.parameters(), torch.zeros(()))
+    random = torch.rand(_BATCH, *shape, generator=torch.Generator().manual_seed(0), dtype=parameter.dtype)
+    with torch.no_grad():
+        expected, found = (map_(random.to(parameter.device)).nan_to_num() for map_ in (root, graph))
+    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+        raise InputError(f"{type(root).__name__}: computes something else than its layers in turn; rewrite its forward")
+
+
+def _check_in_place(graph: fx.GraphModule) -> None:
+    """Refuse layers that overwrite their input in a network that is not a chain: another step may still need it."""
+    tensors = [node for node in graph.graph.nodes if node.op not in ("get_attr", "output")]
+    branches = any(sum(not is_size(user) for user in node.users) > 1 for node in tensors)
+    for node in tensors:
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        overwrites = getattr(layer, "inplace", False) or node.kwargs.get("inplace") or node.target in IN_PLACE
+        if overwrites and branches:
+            name = str(node.target) if layer is not None else node.name
+            raise InputError(f"{name}: works in place in a network with branches; set inplace=False, write x = x + y")
+
+
+def _shapes(graph: fx.GraphModule, shape: Shape | None) -> dict[fx.Node, Shape]:
+    """The shape of one sample at every node, by running a few samples of zeros."""
+    if shape is None:
+        return {}
+    parameter = next(graph.parameters(), torch.zeros(()))
+    runner = _ShapeRunner(graph)
+    try:
+        with torch.no_grad():
+            runner.run(torch.zeros(_BATCH, *shape, dtype=parameter.dtype, device=parameter.device))
+    except InputError:
+        raise
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise InputError(f"the network does not take images of shape {shape}: {said}") from None
+    return runner.shapes
+
+
+class _ShapeRunner(fx.Interpreter):
+    """Run a graph and note the shapes of its tensors, without the batch dimension."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False
+        self.shapes: dict[fx.Node, Shape] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and n.op != "get_attr":
+            if result.ndim == 0 or result.shape[0] != _BATCH:
+                raise InputError(f"{n.name}: mixes the samples of a batch: its result has shape {tuple(result.shape)}")
+            self.shapes[n] = tuple(result.shape[1:])
+        return result
