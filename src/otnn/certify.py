@@ -20,6 +20,7 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.lipschitz import LipschitzBound
 from otnn.lipschitz.bounds import step_constants
+from otnn.lipschitz.export import composed
 from otnn.lipschitz.forward_error import BoundedExecution
 from otnn.lipschitz.graph import trace
 from otnn.lipschitz.rounding import mul_up, sqrt_up
@@ -85,7 +86,7 @@ def certify(model: Classifier, inputs: Tensor, *, arithmetic: str = "real", batc
     if arithmetic not in ARITHMETICS:
         raise InputError(f'arithmetic: expected "real" or "float32", got {arithmetic!r}')
     finite = _check(model, inputs, arithmetic)
-    traced = trace(model)
+    traced = trace(composed(model))
     constants = step_constants(traced.steps)
     head = traced.steps[traced.steps[-1].sources[0]]
     device = model.head.weight.device

@@ -6,7 +6,7 @@ With zero padding a convolution is a compression of the convolution on the infin
 * an image of n pixels fits a torus of N = n + k - 1 without wrapping, so the N frequencies of that torus suffice;
 * for any size, N frequencies a dimension suffice up to a factor: a trigonometric polynomial of degree d that attains
   its largest absolute value M at t is at least M cos(d (s - t)) at s near t (M. Riesz 1914), and some grid point is
-  within pi / N.
+  within pi / N. For values >= 0, as eigenvalues of a Gram matrix, it is at least M (1 + cos(d (s - t))) / 2.
 
 Strides are first rewritten by pixel-unshuffling (polyphase), which is exact.
 """
@@ -123,7 +123,11 @@ def _far_bound(gram: Tensor, degrees: Pair, pixels: tuple[int | None, int | None
             largest = max(largest, eigenvalue_bound(embedded, estimate, 1e-4))
     # only lower triangles were read: the triangle of the real part stands twice, the imaginary block once
     errors = mul_up(3.0, add_up(error, _transform_error(gram)))
-    return div_up(add_up(largest, errors), _riesz((unsure[0], unsure[1]), (grid[0], grid[1])))
+    share = 1.0
+    for degree, count in zip(unsure, grid, strict=True):
+        # with values in [0, M], the polynomial 2 p - M has the largest absolute value M
+        share = down(share * down((1 + _riesz((degree, 0), (count, 1))) / 2))
+    return div_up(add_up(largest, errors), share)
 
 
 def _riesz(degrees: Pair, grid: Pair) -> float:

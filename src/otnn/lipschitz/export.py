@@ -55,6 +55,19 @@ def export(module: Module) -> Module:
     return _replaced(copied, _exported).eval()
 
 
+def composed(module: Module) -> Module:
+    """Return a copy whose orthogonal layers are plain ones with the very weights that they compute with now."""
+
+    def plain(layer: nn.Module) -> nn.Module:
+        replaced = _plain(layer)
+        weights = {"weight": layer.weight, "bias": layer.bias}
+        replaced.load_state_dict({name: value.detach() for name, value in weights.items() if value is not None})
+        return replaced
+
+    copied: Module = copy.deepcopy(module)
+    return _replaced(copied, plain)
+
+
 def plain_structure(module: Module) -> Module:
     """Return a network of the same plain layers as `export` would, whose weights are to be loaded."""
     return _replaced(module, _plain).eval()

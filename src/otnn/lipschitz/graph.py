@@ -172,10 +172,15 @@ def _check_faithful(root: nn.Module, graph: fx.GraphModule, shape: Shape | None)
     if shape is None:
         return
     parameter = next(graph.parameters(), torch.zeros(()))
-    random = torch.rand(_BATCH, *shape, generator=torch.Generator().manual_seed(0), dtype=parameter.dtype)
-    with torch.no_grad():
-        expected, found = (map_(random.to(parameter.device)).nan_to_num() for map_ in (root, graph))
-    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+    random = torch.randn(_BATCH, *shape, generator=torch.Generator().manual_seed(0), dtype=parameter.dtype)
+    try:
+        with torch.no_grad():
+            expected, found = (run(random.clone().to(parameter.device)).nan_to_num() for run in (root, graph))
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        raise InputError(f"{type(root).__name__}: cannot be called with one batch of inputs: {said}") from None
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5 * scale):
         raise InputError(f"{type(root).__name__}: computes something else than its layers in turn; rewrite its forward")
 
 

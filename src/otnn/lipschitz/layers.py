@@ -4,6 +4,7 @@ A rule tells the Lipschitz constant of the layer in exact arithmetic, and what e
 A layer without a rule raises: it never counts as 1.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,12 +99,14 @@ def computes_like(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what `kind`, its type or a parent, computes: nothing overridden, no hooks."""
     between = type(module).__mro__[: type(module).__mro__.index(kind)]
     overridden = {name for cls in between for name in vars(cls) if hasattr(kind, name)} - _HARMLESS
-    return not overridden and "forward" not in vars(module) and not has_hooks(module)
+    replaced = {"forward", "_conv_forward"} & vars(module).keys()
+    return not (overridden or replaced or has_hooks(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook may change what a module takes or returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or everywhere)
 
 
 def needs_shape(layer: nn.Module) -> InputError:
@@ -135,8 +138,12 @@ def _(layer: nn.Linear, shape: Shape | None, output: Shape | None) -> LayerBound
 @layer_bound.register
 def _(layer: OrthoConv2d, shape: Shape | None, output: Shape | None) -> LayerBound:
     pair = (layer.stride, layer.stride)
+    # the kernel as composed in the dtype of its factors, and in float64: they differ by rounding;
     # the layer itself refuses circular padding under which it would not be orthogonal
-    constant = convolution_bound(layer.weight, stride=pair)
+    kernels = (
+        [layer.weight] if layer.weight.dtype == torch.float64 else [layer.weight, copy.deepcopy(layer).double().weight]
+    )
+    constant = max(convolution_bound(kernel, stride=pair) for kernel in kernels)
     return LayerBound(constant, _convolution_rounding(layer.weight, layer.bias, pair, (1, 1), output))
 
 

@@ -56,7 +56,9 @@ def div_up(numerator: float, denominator: float) -> float:
 
 
 def sqrt_up(value: float) -> float:
-    """Bound a square root; negative values count as 0."""
+    """Bound a square root; negative values count as 0, NaN as infinity."""
+    if math.isnan(value):
+        return math.inf
     return up(math.sqrt(value)) if value > 0 else 0.0
 
 
