@@ -60,8 +60,8 @@ def composed(module: Module) -> Module:
 
     def plain(layer: nn.Module) -> nn.Module:
         replaced = _plain(layer)
-        weights = {"weight": layer.weight, "bias": layer.bias}
-        replaced.load_state_dict({name: value.detach() for name, value in weights.items() if value is not None})
+        weights = [("weight", cast(Tensor, layer.weight)), ("bias", cast(Tensor | None, layer.bias))]
+        replaced.load_state_dict({name: value.detach() for name, value in weights if value is not None})
         return replaced
 
     copied: Module = copy.deepcopy(module)

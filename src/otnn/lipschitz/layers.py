@@ -140,10 +140,8 @@ def _(layer: OrthoConv2d, shape: Shape | None, output: Shape | None) -> LayerBou
     pair = (layer.stride, layer.stride)
     # the kernel as composed in the dtype of its factors, and in float64: they differ by rounding;
     # the layer itself refuses circular padding under which it would not be orthogonal
-    kernels = (
-        [layer.weight] if layer.weight.dtype == torch.float64 else [layer.weight, copy.deepcopy(layer).double().weight]
-    )
-    constant = max(convolution_bound(kernel, stride=pair) for kernel in kernels)
+    kernels = {layer.weight.dtype: layer.weight, torch.float64: copy.deepcopy(layer).double().weight}
+    constant = max(convolution_bound(kernel, stride=pair) for kernel in kernels.values())
     return LayerBound(constant, _convolution_rounding(layer.weight, layer.bias, pair, (1, 1), output))
 
 
