@@ -124,6 +124,20 @@ def test_scores_that_overflow_are_told() -> None:
     assert certify(model, x).reason == ("", "tie")  # float64 holds them
 
 
+@BOTH
+def test_an_overflow_that_an_activation_hides_gives_radius_0(arithmetic: str) -> None:
+    first, head = nn.Linear(1, 2), nn.Linear(2, 2)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[-3e38], [0.0]]))
+        first.bias.copy_(torch.tensor([-3e38, 1.0]))
+        head.weight.copy_(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        head.bias.zero_()
+    model = Classifier(nn.Sequential(first, nn.ReLU()), head, (1,)).eval()
+    found = certify(model, torch.tensor([[1.0]]), arithmetic=arithmetic)  # ReLU makes 0 of minus infinity
+    assert (float(found.logit_gap), int(found.prediction)) == (1.0, 0)
+    assert (found.radius.tolist(), found.reason) == ([0.0], ("gap below the rounding error",))
+
+
 def test_a_constant_that_overflows_gives_radius_0() -> None:
     model = Classifier(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2), (2,)).double().eval()
     with torch.no_grad():

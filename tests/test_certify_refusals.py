@@ -59,8 +59,8 @@ BAD_INPUTS: dict[str, tuple[Callable[[], object], str]] = {
     "negative": (lambda: torch.full((1, *SHAPE), -0.25), BOX + "[-0.25, -0.25]"),
     "beside NaN": (lambda: torch.tensor([math.nan, 1.5]).view(2, 1, 1, 1).expand(2, *SHAPE), BOX + "[0, 1.5]"),
     "colours": (lambda: torch.rand(2, 3, 4, 4), "inputs: expected images of shape (1, 4, 4), got (3, 4, 4)"),
-    "numpy": (lambda: np.zeros((2, *SHAPE), dtype=np.float32), "inputs: expected a torch tensor, got ndarray"),
-    "a list": (lambda: [[0.5]], "inputs: expected a torch tensor, got list"),
+    "numpy": (lambda: np.zeros((2, *SHAPE), dtype=np.float32), "inputs: expected a tensor, got ndarray"),
+    "a list": (lambda: [[0.5]], "inputs: expected a tensor, got list"),
 }
 
 
@@ -155,13 +155,19 @@ MAP = "no Lipschitz bound is known: its own forward, a hook or a parametrization
 BAD_MODELS: dict[str, tuple[Callable[[], object], str]] = {
     "no classifier": (lambda: dense().body, "expected an otnn Classifier, which names its body and its head, got Seq"),
     "training mode": (lambda: dense().train(), "the model is in training mode; call model.eval() before"),
-    "a hook on the head": (lambda: hooked(lambda model: model.head), "head: " + MAP + "UnitNormLinear another map"),
-    "a hook before the head": (lambda: hooked(lambda model: model.head, True), "head: " + MAP),
-    "a hook on a layer": (lambda: hooked(lambda model: model.body[2]), "body.2: " + MAP + "OrthoLinear another map"),
-    "a hook on the body": (lambda: hooked(lambda model: model.body), "body: a forward hook may change what it"),
-    "a hook on the model": (lambda: hooked(lambda model: model), "Classifier: a forward hook may change what it"),
-    "the head's own forward": (lambda: patched(lambda model: model.head), "head: " + MAP),
-    "a layer's own forward": (lambda: patched(lambda model: model.body[2]), "body.2: " + MAP),
+    "a hook on the head": (
+        lambda: hooked(lambda model: model.head),
+        "head: computes something else than Unit",
+    ),
+    "a hook before the head": (lambda: hooked(lambda model: model.head, True), "head: computes something else"),
+    "a hook on a layer": (
+        lambda: hooked(lambda model: model.body[2]),
+        "body.2: computes something else than",
+    ),
+    "a hook on the body": (lambda: hooked(lambda model: model.body), "body: a forward hook "),
+    "a hook on the model": (lambda: hooked(lambda model: model), "Classifier: a forward hook "),
+    "the head's own forward": (lambda: patched(lambda model: model.head), "head: computes something else"),
+    "a layer's own forward": (lambda: patched(lambda model: model.body[2]), "body.2: computes something else"),
     "a model's own forward": (
         lambda: OwnForward(nn.Flatten(), nn.Linear(16, 3), SHAPE).eval(),
         "expected a Classifier",
@@ -170,9 +176,13 @@ BAD_MODELS: dict[str, tuple[Callable[[], object], str]] = {
     "a subclass with its own call": (lambda: rows_model(Called(16, 8)), "body.1: " + MAP + "Called another map"),
     "a subclass with its own convolution": (lambda: image_model(Convolved(1, 2, 3)), "body.0: " + MAP + "Convolved"),
     "a parametrization": (lambda: rows_model(spectral_norm(nn.Linear(16, 8))), "body.1: " + MAP + "ParametrizedLinear"),
-    "a parametrized head": (lambda: changed(lambda model: spectral_norm(model.head)), "head: " + MAP),
-    "a functional layer": (lambda: rows_model(Weighted()), "linear: no Lipschitz bound is known for linear"),
+    "a parametrized head": (lambda: changed(lambda model: spectral_norm(model.head)), "head: computes something else"),
+    "a functional layer": (lambda: rows_model(Weighted()), "body.1: linear: no Lipschitz bound is known for linear"),
     "a layer without a bound": (lambda: rows_model(nn.LayerNorm(16)), "body.1: LayerNorm divides by the deviation"),
+    "a head that is no linear layer": (
+        lambda: changed(lambda model: setattr(model, "head", nn.Identity())),
+        "expected a Classifier with a linear head",
+    ),
     "weights that are not finite": (
         lambda: changed(lambda model: nn.init.constant_(model.body[2].bias, math.inf)),
         "body.2.bias holds NaN or infinite values; train again with a lower learning rate",

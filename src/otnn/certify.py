@@ -25,6 +25,7 @@ from otnn.lipschitz.forward_error import BoundedExecution
 from otnn.lipschitz.graph import trace
 from otnn.lipschitz.rounding import mul_up, sqrt_up
 from otnn.models import Classifier, check_model, predict
+from otnn.nn import OrthoConv2d
 from otnn.potential import label_distances, pair_distances
 
 ARITHMETICS = ("real", "float32")
@@ -53,7 +54,7 @@ class Certificate:
 
 
 @torch.no_grad()
-def certify(model: Classifier, inputs: Tensor, *, arithmetic: str = "real", batch_size: int = 128) -> Certificate:
+def certify(model: Classifier, inputs: Tensor, *, arithmetic: str = "real", batch_size: int = 64) -> Certificate:
     """Certify the predictions of a network in `eval()` mode.
 
     The bounds are computed from the weights as they are now. The arithmetic tells which network the radius speaks of:
@@ -85,7 +86,7 @@ def certify(model: Classifier, inputs: Tensor, *, arithmetic: str = "real", batc
     """
     if arithmetic not in ARITHMETICS:
         raise InputError(f'arithmetic: expected "real" or "float32", got {arithmetic!r}')
-    finite = _check(model, inputs, arithmetic)
+    finite = _check(model, inputs, arithmetic, batch_size)
     traced = trace(composed(model))
     constants = step_constants(traced.steps)
     head = traced.steps[traced.steps[-1].sources[0]]
@@ -96,10 +97,17 @@ def certify(model: Classifier, inputs: Tensor, *, arithmetic: str = "real", batc
     parts = []
     for batch, usable in zip(inputs.split(batch_size), finite.split(batch_size), strict=True):
         images = torch.where(usable.view(-1, *[1] * (batch.ndim - 1)), batch, 0.0).to(device, execute.dtype)
-        run = execute(images)
+        with torch.backends.cudnn.flags(enabled=False):  # it may choose Fourier algorithms
+            run = execute(images)
+        if run.scores.ndim != 2:
+            shape = ", ".join(map(str, run.scores.shape[1:]))
+            raise InputError(
+                f"expected scores of shape (batch, {model.head.out_features}), got (batch, {shape}); "
+                "end the body with torch.nn.Flatten()"
+            )
         error = run.error if arithmetic == "real" else run.error + run.around
-        growth = 0.0 if arithmetic == "real" else run.growth
-        parts.append([part.cpu() for part in _radii(run.scores, error, growth, distances, model.multilabel)])
+        growth, reach = (0.0, None) if arithmetic == "real" else (run.growth, run.reach)
+        parts.append([part.cpu() for part in _radii(run.scores, error, growth, reach, distances, model.multilabel)])
     prediction, gap, radius, state = (torch.cat(column) for column in zip(*parts, strict=True))
     state = torch.where(finite.cpu(), state, 1)
     bad = ((state == 1) | (state == 2)).view(-1, *[1] * (prediction.ndim - 1))
@@ -113,7 +121,7 @@ def certify(model: Classifier, inputs: Tensor, *, arithmetic: str = "real", batc
 
 
 def _radii(
-    scores: Tensor, error: Tensor, growth: float, distances: Tensor, multilabel: bool
+    scores: Tensor, error: Tensor, growth: float, reach: Tensor | None, distances: Tensor, multilabel: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prediction, gap, radius and the number of the reason (batch,) from scores (batch, outputs) and their error.
 
@@ -133,6 +141,8 @@ def _radii(
     radii = certain / ((lengths + mul_up(width, growth)) * (1 + 2.0**-50)) * (1 - 2.0**-50)
     # also 0 / 0, a tie of classes with equal rows; far below 2^-900 results are rounded otherwise
     radii = torch.where(certain > 2.0**-900, radii, 0.0)
+    if reach is not None:
+        radii = torch.minimum(radii, reach.nan_to_num(nan=0.0, posinf=torch.inf).clamp(min=0).unsqueeze(1))
     if not multilabel:
         radii, gaps = radii.amin(dim=1, keepdim=True), gaps.amin(dim=1, keepdim=True)
     state = torch.where((gaps == 0).any(dim=1), 3, torch.where((radii == 0).any(dim=1), 4, 0))
@@ -141,16 +151,24 @@ def _radii(
     return prediction, gaps.view(shape), radii.view(shape), state
 
 
-def _check(model: Classifier, inputs: Tensor, arithmetic: str) -> Tensor:
+def _check(model: Classifier, inputs: Tensor, arithmetic: str, batch_size: int) -> Tensor:
     """Refuse what cannot be certified; return which samples (batch,) are finite."""
     if not isinstance(model, Classifier):
         raise InputError(
             f"expected an otnn Classifier, which names its body and its head, got {type(model).__name__}; "
             "wrap it: Classifier(body, head, input_shape)"
         )
+    if not isinstance(model.head, nn.Linear):
+        raise InputError(f"expected a Classifier with a linear head, got {type(model.head).__name__}")
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"inputs: expected a tensor, got {type(inputs).__name__}; convert it with torch.as_tensor")
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected at least 1, got {batch_size}")
+    if not inputs.is_floating_point():
+        check_images(inputs)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     allowed = {torch.float32, torch.float64} if arithmetic == "real" else {torch.float32}
-    wrong = (dtypes | {inputs.dtype} if inputs.is_floating_point() else dtypes) - allowed
+    wrong = (dtypes | {inputs.dtype}) - allowed
     if wrong:
         expected = " or ".join(sorted(str(dtype) for dtype in allowed))
         raise InputError(
@@ -174,7 +192,10 @@ def _check_arithmetic(model: Classifier, arithmetic: str) -> None:
         raise InputError("autocast computes in half precision; certify outside of it")
     if arithmetic == "real":
         return
-    reduced = torch.get_float32_matmul_precision() != "highest"
+    try:
+        reduced = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to tell where the precision was set for one kind of operation
+        reduced = True
     for part in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):  # type: ignore[attr-defined]
         reduced = reduced or part.fp32_precision in ("bf16", "tf32")
     if reduced:
@@ -182,10 +203,12 @@ def _check_arithmetic(model: Classifier, arithmetic: str) -> None:
             "torch is set to multiply float32 in reduced precision; "
             'expected torch.set_float32_matmul_precision("highest") and fp32_precision "ieee"'
         )
-    if device == "cuda" and any(isinstance(layer, nn.modules.conv._ConvNd) for layer in model.modules()):
+    convolves = any(isinstance(layer, (nn.modules.conv._ConvNd, OrthoConv2d)) for layer in model.modules())
+    one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if convolves and (device == "cuda" or not one_dnn):
         raise InputError(
-            "cuDNN may choose Winograd or TF32 convolutions, of which no error bound is known; "
-            'certify on the CPU, or with arithmetic "real"'
+            "without oneDNN on a CPU, torch may choose Winograd or TF32 convolutions, whose error is not bounded; "
+            'certify on a CPU with oneDNN, or with arithmetic "real"'
         )
 
 
@@ -194,12 +217,20 @@ def certified_accuracy(certificate: Certificate, labels: Tensor, radii: Sequence
 
     With a multi-label head every label must be.
 
+    Raises:
+        InputError: labels of another shape than the predictions.
+
     Example:
         >>> prediction, radius = torch.tensor([1, 0]), torch.tensor([0.5, 0.1])
         >>> one = Certificate(prediction, radius, radius, "real", ("", ""))
         >>> certified_accuracy(one, torch.tensor([1, 0]), [0.0, 0.25])
         {'0': 1.0, '0.25': 0.5}
     """
+    if labels.shape != certificate.prediction.shape:
+        raise InputError(
+            f"labels: expected the shape of the predictions, {tuple(certificate.prediction.shape)}, "
+            f"got {tuple(labels.shape)}"
+        )
     right = certificate.prediction == labels
     held = {f"{r:.6g}": right & (certificate.radius >= r) for r in radii}
     return {text: float(each.view(len(labels), -1).all(dim=1).double().mean()) for text, each in held.items()}

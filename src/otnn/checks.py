@@ -34,7 +34,7 @@ def check_images(images: Tensor, *, box: bool = False, what: str = "inputs") -> 
     if box and (images.min() < 0 or images.max() > 1):
         raise InputError(
             f"{what}: expected values in [0, 1], got [{images.min():.4g}, {images.max():.4g}]; "
-            "rescale the images (8-bit images are divided by 255)"
+            "rescale the images (8-bit images are divided by 255) and leave a normalisation to the model"
         )
 
 

@@ -69,6 +69,9 @@ def write_onnx(model: Classifier, path: Path, *, classes: Sequence[str] = ()) ->
         >>> bool(abs(radius - certify(model, images).radius.numpy()).max() < 1e-5)
         True
     """
+    if not isinstance(model, Classifier):
+        raise InputError(f"expected an otnn Classifier, got {type(model).__name__}")
+    path = Path(path)
     labels = model.head.out_features if model.multilabel else model.classes
     if classes and len(classes) != labels:
         raise InputError(f"classes: expected {labels} names, got {len(classes)}")

@@ -18,6 +18,8 @@ from tests.exact import Residual
 from tests.operators import circular_matrix, norm
 
 Shape = tuple[int, ...]
+# What the export may cost of the norm and of the outputs, relative to the norm of the input
+NEAR = {torch.float32: 1e-6, torch.float64: 3e-8}
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "square": (lambda: OrthoLinear(64, 64), (64,)),
@@ -43,7 +45,7 @@ def trained(layer: nn.Module, shape: Shape) -> nn.Module:
     """A few steps of Adam from the start, kept on the manifold as in training; biases move as well."""
     optimizer = torch.optim.Adam(layer.parameters(), 0.05)
     keep_on_manifold(optimizer, layer)
-    x = torch.randn(8, *shape)
+    x = torch.randn(8, *shape, dtype=next(layer.parameters()).dtype)
     target = torch.randn_like(layer(x))
     for _ in range(4):
         optimizer.zero_grad()
@@ -66,7 +68,7 @@ def norms(layer: nn.Module) -> tuple[float, float]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_stored_numbers_have_a_norm_of_at_most_1_and_hardly_less(name: str, dtype: torch.dtype) -> None:
     make, shape = LAYERS[name]
-    layer = trained(make(), shape).to(dtype)
+    layer = trained(make().to(dtype), shape)
     exported = export(layer)
     weight = exported.weight.detach()  # type: ignore[operator]
     assert type(exported) is (nn.Conv2d if len(shape) == 3 else nn.Linear)
@@ -74,26 +76,26 @@ def test_the_stored_numbers_have_a_norm_of_at_most_1_and_hardly_less(name: str, 
     if isinstance(layer, UnitNormLinear):
         rows = weight.double().norm(dim=1)
         assert max(matrix_bound(row.unsqueeze(0)) for row in weight) <= 1
-        assert float(rows.min()) >= 1 - 1e-6
+        assert float(rows.min()) >= 1 - NEAR[dtype]
         return
     proven, true = norms(exported)
     assert proven <= 1
     assert bound(exported, shape).constant <= 1
-    assert true >= 1 - 1e-6
+    assert true >= 1 - NEAR[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_outputs_are_nearly_the_same(name: str, dtype: torch.dtype) -> None:
     make, shape = LAYERS[name]
-    layer = trained(make(), shape)
-    exported = export(layer.to(dtype)).double()
+    layer = trained(make().to(dtype), shape)
+    exported = export(layer).double()
     x = torch.randn(10, *shape, dtype=torch.float64)
     before = copy.deepcopy(layer).double()
     for inputs in (x, 1e3 * x, torch.ones_like(x)):
         gap = (exported(inputs) - before(inputs)).flatten(1).norm(dim=1)
         rows = math.sqrt(10) if name == "head" else 1.0
-        assert bool((gap <= 1e-6 * rows * inputs.flatten(1).norm(dim=1)).all())
+        assert bool((gap <= NEAR[dtype] * rows * inputs.flatten(1).norm(dim=1)).all())
     if before.bias is not None:  # kept as it is, and told apart from a bias that was lost
         assert torch.equal(exported.bias, before.bias)  # type: ignore[arg-type]
         assert bool((before.bias.abs() > 1e-3).any())  # type: ignore[operator]

@@ -236,6 +236,21 @@ def test_the_weight_of_a_convolution_bounds_its_absolute_values(mode: str) -> No
     assert kernel_alone > 10
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_weight_of_a_dense_layer_bounds_its_absolute_values(rows: int) -> None:
+    """Its own norm would not do: that of the Hadamard matrix is 1, that of its absolute values 4."""
+    matrix = torch.ones(1, 1)
+    for _ in range(4):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
+    layer = linear(matrix.tolist(), [1.0] * 16)
+    found = layer_bound(layer, (rows, 16), (rows, 16))
+    assert found.constant < 1.001
+    assert found.rounding is not None
+    assert 4 <= found.rounding.weight * (1 + 1e-6) < 4.001
+    assert found.rounding.offset == pytest.approx(4 * math.sqrt(rows))
+    assert found.rounding.operations == 17
+
+
 # --- underflow, overflow, constants -----------------------------------------------------------------------------------
 
 

@@ -317,15 +317,17 @@ def test_stages_at_the_same_time_add_up(run: Run) -> None:
         except BaseException as error:
             failures.append(error)
 
-    workers = [threading.Thread(target=write, args=(worker,)) for worker in range(4)]
+    workers = [threading.Thread(target=write, args=(worker,)) for worker in range(len(DERIVED))]
     for thread in workers:
         thread.start()
     for thread in workers:
         thread.join()
     assert failures == []
     opened = open_run(run.path)
-    assert {f"{worker}.{step}" for worker in range(4) for step in range(10)} <= set(opened.results()["seconds"])
-    assert [(run.path / name).read_bytes() for name in DERIVED] == [b"\x09"] * 4
+    assert {f"{worker}.{step}" for worker in range(len(DERIVED)) for step in range(10)} <= set(
+        opened.results()["seconds"]
+    )
+    assert [(run.path / name).read_bytes() for name in DERIVED] == [b"\x09"] * len(DERIVED)
 
 
 def test_the_report_is_written_into_its_run(whole: Path) -> None:

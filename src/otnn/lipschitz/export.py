@@ -12,12 +12,14 @@ from otnn.lipschitz.convolution import convolution_bound
 from otnn.lipschitz.layers import computes_like
 from otnn.lipschitz.matrix import matrix_bound
 from otnn.lipschitz.rounding import norm_up
-from otnn.manifold import retract_parameters
+from otnn.manifold import constrained_parameters, retract_parameters
 from otnn.nn import OrthoConv2d, OrthoLinear, UnitNormLinear
 
 Module = TypeVar("Module", bound=nn.Module)
 # Each try scales by the bound that was found; rounding to float32 moves a bound by some 1e-8, so few tries do.
 _TRIES = 20
+# A weight this far from its manifold, by the manifold's own measure, was not kept on it.
+_OFF = 1e-3
 _ORTHOGONAL = (OrthoLinear, UnitNormLinear, OrthoConv2d)
 
 
@@ -37,6 +39,8 @@ def export(module: Module) -> Module:
 
     Raises:
         FloatingPointError: a weight is NaN or infinite.
+        InputError: a weight of half precision or off its manifold, or an orthogonal layer with hooks or a forward of
+            its own.
 
     Example:
         >>> from otnn.lipschitz import bound
@@ -51,6 +55,16 @@ def export(module: Module) -> Module:
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise FloatingPointError(f"{name} holds NaN or infinite values; lower the learning rate and train again")
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{name} is {parameter.dtype}: bounds are proven of float32 and float64; use model.float()"
+            )
+    for name, parameter, manifold in constrained_parameters(module):
+        if float(manifold.distance(parameter.detach().double()).max()) > _OFF:
+            raise InputError(
+                f"{name} is off its manifold, so the exported network would compute something else; "
+                "call otnn.manifold.retract_parameters(model) first, and keep_on_manifold in training"
+            )
     copied: Module = copy.deepcopy(module)
     return _replaced(copied, _exported).eval()
 
@@ -69,7 +83,7 @@ def composed(module: Module) -> Module:
 
 
 def plain_structure(module: Module) -> Module:
-    """Return a network of the same plain layers as `export` would, whose weights are to be loaded."""
+    """Replace the layers of a network, in place, by those that `export` would make; their weights are to be loaded."""
     return _replaced(module, _plain).eval()
 
 
@@ -81,7 +95,10 @@ def _replaced(module: Module, replace: Callable[[nn.Module], nn.Module]) -> Modu
         if id(layer) not in done:
             kind = next((kind for kind in _ORTHOGONAL if isinstance(layer, kind)), None)
             if kind is not None and not computes_like(layer, kind):
-                raise InputError(f"{path or type(layer).__name__}: computes something else than {kind.__name__}")
+                name = path or type(layer).__name__
+                raise InputError(
+                    f"{name}: computes something else than {kind.__name__}; remove its hook or its own forward"
+                )
             done[id(layer)] = layer if kind is None else replace(layer)
             if kind is None:
                 for name, child in layer._modules.items():

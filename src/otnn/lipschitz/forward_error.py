@@ -32,12 +32,14 @@ class Execution:
         error: (batch,) float64, bounds the norm of the scores' error.
         around: (batch,) float64, with `growth` bounds the error at any input within r: around + growth r.
         growth: per unit of distance.
+        reach: (batch,) float64, the distance within which no sum on the way can overflow.
     """
 
     scores: Tensor
     error: Tensor
     around: Tensor
     growth: float
+    reach: Tensor
 
 
 class BoundedExecution:
@@ -66,7 +68,7 @@ class BoundedExecution:
         with torch.no_grad():
             scores = runner.run(inputs)
         last = runner.found[-1]
-        return Execution(scores, last[0], last[1], last[2])
+        return Execution(scores, last[0], last[1], last[2], runner.reach)
 
 
 class _Runner(fx.Interpreter):
@@ -80,6 +82,7 @@ class _Runner(fx.Interpreter):
         self._steps, self._constants, self._dtype = steps, constants, dtype
         self.found: list[tuple[Tensor, Tensor, float]] = []
         self.norms: list[Tensor] = []
+        self.reach = torch.zeros(0)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -93,6 +96,7 @@ class _Runner(fx.Interpreter):
     def _error(self, step: Step, result: Tensor) -> tuple[Tensor, Tensor, float]:
         if step.kind == "input":
             zero = torch.zeros(len(result), dtype=torch.float64, device=result.device)
+            self.reach = torch.full_like(zero, torch.inf)
             return zero, zero, 0.0
         if step.kind == "layer":
             slope, offset = step.bound.rounding.local(self._dtype)  # type: ignore[union-attr]
@@ -108,6 +112,7 @@ class _Runner(fx.Interpreter):
         for source in step.sources:
             before, near, slower = self.found[source]
             norm = self.norms[source]
+            self._keep_in_range(step, norm + before + near, add_up(self._constants[source], slower))
             error = error + sigma * before + slope * norm
             around = around + (sigma + slope) * near + slope * (norm + before)
             steeper = add_up(mul_up(sigma, slower), mul_up(slope, add_up(self._constants[source], slower)))
@@ -115,6 +120,14 @@ class _Runner(fx.Interpreter):
         # each of these few operations was rounded to nearest
         outward = up(1 + gamma(8 * len(step.sources)))
         return (error + offset) * outward, (around + offset) * outward, growth
+
+    def _keep_in_range(self, step: Step, norm: Tensor, slope: float) -> None:
+        """Reduce the reach to where weight (norm + slope r) + offset, a bound of every partial sum, is in range."""
+        rounding = step.bound.rounding if step.kind == "layer" else None
+        weight, offset = (rounding.weight, rounding.offset) if rounding is not None else (float(len(step.sources)), 0.0)
+        if weight > 0 and step.kind in ("layer", "sum"):
+            largest = torch.finfo(self._dtype).max / 2
+            self.reach = torch.minimum(self.reach, (largest - offset - weight * norm) / mul_up(weight, slope))
 
 
 def _norms(result: Tensor) -> Tensor:

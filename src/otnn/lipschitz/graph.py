@@ -1,5 +1,6 @@
 """Tracing: a network as a list of steps, each with its rule, and the torch graph that executes them."""
 
+import copy
 import operator
 import threading
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from torch import Tensor, fx, nn
 
 from otnn.errors import InputError
 from otnn.lipschitz.layers import Shape, computes_like, has_hooks, known_kind
-from otnn.lipschitz.operations import IN_PLACE, Step, is_size, step_of
+from otnn.lipschitz.operations import IN_PLACE, SAME, Step, function_of, is_size, step_of
 
 # Samples of the run that finds the shapes; more than one, and unlikely to be another dimension's size.
 _BATCH = 5
 _TRACING = threading.Lock()
+# Layers whose result may share the memory of their input.
+_VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,17 @@ def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
     Raises:
         InputError: what `bound` raises.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(module).__name__}")
     shape = _checked_shape(getattr(module, "input_shape", None) if input_shape is None else input_shape)
     _check_values(module)
     single = _Tracer().is_leaf_module(module, "") or isinstance(module, (nn.ModuleList, nn.ModuleDict))
     root = nn.Sequential(module) if single else module  # a single layer is a chain of one
     _check_entered(root)
-    graph = _chain(root) or _symbolic(root)
+    graph = _chain(root)
+    if graph is None:  # a forward of its own may change what is stored: it is called on a copy
+        root = copy.deepcopy(root)
+        graph = _symbolic(root)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) > 1:
         raise InputError(f"{inputs[1].name}: expected a network of one input")
@@ -88,13 +96,17 @@ def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
             step = step_of(graph, node, index, shapes)
         except InputError as error:
             name = str(node.target) if node.op == "call_module" else node.name
-            name = type(module).__name__ if root is not module else name
+            around = list(node.meta.get("nn_module_stack", {}).values())
+            if node.op != "call_module" and around:
+                name = f"{around[-1][0]}: {name}"
+            name = type(module).__name__ if single else name
             raise InputError(f"{name}: {error}") from None
         if step is not None:
             index[node] = len(steps)
             steps.append(step)
             nodes.append(node)
     _check_faithful(root, graph, shape)
+    _check_unchanged(module if not single else root, root)
     return Trace(tuple(steps), tuple(node.name for node in nodes), graph)
 
 
@@ -185,15 +197,37 @@ def _check_faithful(root: nn.Module, graph: fx.GraphModule, shape: Shape | None)
 
 
 def _check_in_place(graph: fx.GraphModule) -> None:
-    """Refuse layers that overwrite their input in a network that is not a chain: another step may still need it."""
-    tensors = [node for node in graph.graph.nodes if node.op not in ("get_attr", "output")]
-    branches = any(sum(not is_size(user) for user in node.users) > 1 for node in tensors)
-    for node in tensors:
+    """Refuse a step that overwrites numbers which a later step reads by another name: the graph knows their old values.
+
+    Results of layers and functions that may only look at their input's memory count as other names of it.
+    """
+    nodes = list(graph.graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
         layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        overwrites = getattr(layer, "inplace", False) or node.kwargs.get("inplace") or node.target in IN_PLACE
-        if overwrites and branches:
+        overwrites = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace") or node.target in IN_PLACE)
+        source = next((argument for argument in node.all_input_nodes if argument.op != "get_attr"), None)
+        shares = overwrites or isinstance(layer, _VIEWS) or function_of(node) in SAME
+        memory[node] = memory[source] if shares and source is not None else node
+        if not overwrites or source is None:
+            continue
+        earlier = [other for other in nodes[: order[node]] if memory[other] is memory[node]]
+        readers = [user for other in earlier for user in other.users if order[user] > order[node] and not is_size(user)]
+        if readers:
+            mend = "set inplace=False" if node.target not in IN_PLACE else "write x = x + y instead of x += y"
             name = str(node.target) if layer is not None else node.name
-            raise InputError(f"{name}: works in place in a network with branches; set inplace=False, write x = x + y")
+            raise InputError(f"{name}: overwrites a value that {readers[0].name} reads later; {mend}")
+
+
+def _check_unchanged(module: nn.Module, called: nn.Module) -> None:
+    """Refuse a forward that changed what is stored in the copy that was called."""
+    after = dict([*called.named_parameters(), *called.named_buffers()])
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if not torch.equal(value, after[name]):
+            raise InputError(
+                f"{type(module).__name__}: its forward changes {name}, so no bound holds for the next call"
+            )
 
 
 def _shapes(graph: fx.GraphModule, shape: Shape | None) -> dict[fx.Node, Shape]:
@@ -223,8 +257,11 @@ class _ShapeRunner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, Tensor) and n.op != "get_attr":
+        if n.op == "placeholder" or any(source in self.shapes for source in n.all_input_nodes):
+            if not isinstance(result, Tensor):
+                return result
             if result.ndim == 0 or result.shape[0] != _BATCH:
-                raise InputError(f"{n.name}: mixes the samples of a batch: its result has shape {tuple(result.shape)}")
+                name = str(n.target) if n.op == "call_module" else n.name
+                raise InputError(f"{name}: mixes the samples of a batch: its result has shape {tuple(result.shape)}")
             self.shapes[n] = tuple(result.shape[1:])
         return result

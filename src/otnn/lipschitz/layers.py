@@ -58,7 +58,7 @@ class Rounding:
             return 0.0, 0.0
         relative = gamma(self.operations, dtype)
         # a product, a sum, a weight or an input below the smallest normal number may be flushed to zero
-        lost = mul_up(sqrt_up(float(self.outputs)), float(self.operations), UNDERFLOW[dtype])
+        lost = mul_up(2.0, sqrt_up(float(self.outputs)), float(self.operations), UNDERFLOW[dtype])
         slope = add_up(mul_up(relative, self.weight), lost)
         return slope, add_up(mul_up(relative, self.offset), mul_up(lost, add_up(1.0, self.weight)))
 

@@ -49,10 +49,10 @@ def step_of(
         return Step(
             str(node.target), "layer", sources, _bound_layer(graph.get_submodule(str(node.target)), node, shapes)
         )
-    target = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target), node.target)
+    target = function_of(node)
     if is_size(node):
         return None
-    if target in _SAME:
+    if target in SAME:
         if set(node.kwargs) - {"start_dim", "end_dim"}:
             raise InputError("expected no further arguments")
         _check_batch(node, shapes)
@@ -61,6 +61,10 @@ def step_of(
         return _sum_step(graph, node, index, shapes)
     if target in _SCALES:
         return _scale_step(graph, node, index, shapes)
+    if target in _NEARER:
+        return Step(node.name, "layer", sources, _UNCHANGED)
+    if target in _MEANS:
+        return Step(node.name, "layer", sources, _mean_bound(node, shapes))
     if target in (torch.cat, torch.concat):
         return _concatenate_step(node, index, shapes)
     if target in _LAYERS:
@@ -129,13 +133,32 @@ def _concatenate_step(node: fx.Node, index: dict[fx.Node, int], shapes: dict[fx.
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if len(node.args) < 1 or set(node.kwargs) - {"dim"} or not isinstance(dim, int):
         raise InputError("expected torch.cat([...], dim)")
-    if dim == 0 or (dim < 0 and node not in shapes):
+    if dim == 0:
         raise InputError("concatenation along dimension 0 mixes samples; expected dim >= 1")
+    if dim < 0 and node not in shapes:
+        raise InputError(
+            f"whether dimension {dim} is that of the samples depends on the input's size: expected dim >= 1"
+        )
     parts = node.args[0]
     nodes = [part for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
     if not nodes or len(nodes) != len(parts) or not all(part in index for part in nodes):  # type: ignore[arg-type]
         raise InputError("expected a concatenation of results of layers")
     return Step(node.name, "concatenate", tuple(index[part] for part in nodes))
+
+
+def _mean_bound(node: fx.Node, shapes: dict[fx.Node, Shape]) -> LayerBound:
+    """The mean over n numbers: 1 / sqrt(n)."""
+    source = node.args[0]
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(source, fx.Node) or source not in shapes or not isinstance(dims, (tuple, list)):
+        raise InputError("expected a mean over given dimensions, and input_shape")
+    shape = shapes[source]
+    if not all(isinstance(dim, int) and (1 <= dim <= len(shape) or -len(shape) <= dim < 0) for dim in dims):
+        raise InputError(f"mean over dimensions {tuple(dims)} mixes the samples of a batch; expected dimensions >= 1")
+    count = math.prod(shape[dim - 1 if dim > 0 else dim] for dim in dims)
+    constant = sqrt_up(div_up(1.0, float(count)))
+    return LayerBound(constant, Rounding(count + 2, constant, 0.0, math.prod(shapes.get(node, ()))))
 
 
 def _check_same_shape(node: fx.Node, terms: Sequence[fx.Node], shapes: dict[fx.Node, Shape]) -> None:
@@ -161,6 +184,11 @@ def _constant(graph: fx.GraphModule, value: Any) -> Tensor:
     if constant.numel() == 0 or not bool(torch.isfinite(constant).all()):
         raise InputError("expected finite numbers as the constant")
     return constant
+
+
+def function_of(node: fx.Node) -> Any:
+    """What a node calls: a function, or the method of a tensor."""
+    return getattr(torch.Tensor, str(node.target), node.target) if node.op == "call_method" else node.target
 
 
 def is_size(node: fx.Node) -> bool:
@@ -201,12 +229,24 @@ def _check_batch(node: fx.Node, shapes: dict[fx.Node, Shape]) -> None:
 
 
 # Functions that only move or negate numbers.
-_SAME: set[Any] = {torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.reshape}
-_SAME |= {operator.neg, torch.neg, torch.Tensor.neg, torch.Tensor.contiguous}
-IN_PLACE = {operator.iadd, operator.isub}
-_SUMS: set[Any] = {operator.add, torch.add, torch.Tensor.add, operator.sub, torch.sub, torch.Tensor.sub} | IN_PLACE
-_QUOTIENTS: set[Any] = {operator.truediv, torch.div, torch.Tensor.div}
-_SCALES: set[Any] = {operator.mul, torch.mul, torch.Tensor.mul} | _QUOTIENTS
+SAME: set[Any] = {torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.reshape}
+SAME |= {operator.neg, torch.neg, torch.Tensor.neg, torch.Tensor.contiguous}
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_SUMS: set[Any] = {
+    operator.add,
+    torch.add,
+    torch.Tensor.add,
+    operator.sub,
+    torch.sub,
+    torch.Tensor.sub,
+    operator.iadd,
+    operator.isub,
+}
+_QUOTIENTS: set[Any] = {operator.truediv, torch.div, torch.Tensor.div, operator.itruediv}
+_SCALES: set[Any] = {operator.mul, torch.mul, torch.Tensor.mul, operator.imul} | _QUOTIENTS
+# Functions of one input that bring no two numbers further apart.
+_NEARER: set[Any] = {torch.abs, torch.Tensor.abs, operator.abs, torch.clamp, torch.Tensor.clamp}
+_MEANS: set[Any] = {torch.mean, torch.Tensor.mean}
 
 
 def _max_pool(*arguments: Any, ceil_mode: bool = False, return_indices: bool = False, **settings: Any) -> nn.Module:

@@ -29,6 +29,7 @@ DERIVED = {
     "certificates.npz": "certify",
     "explanations.npz": "explain",
     "report.html": "report",
+    "otnn.onnx": "export",
 }
 
 
