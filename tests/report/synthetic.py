@@ -41,6 +41,7 @@ def make_run(
     wrong = random.random(tests) < 0.1
     prediction = np.where(wrong, (label + 1) % count, label)
     radius = random.gamma(4.0, 0.15, tests) * np.where(wrong, 0.3, 1.0)
+    radius[7 * np.arange(gallery)] = np.linspace(0.3, 0.9, gallery)  # those of `explanations`
     np.savez_compressed(
         folder / "certificates.npz", label=label, prediction=prediction, logit_gap=radius * 1.4, radius=radius
     )

@@ -56,7 +56,10 @@ class BoundedExecution:
     def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
         for step in trace.steps:
             if step.kind == "layer" and step.bound.rounding is None:
-                raise InputError(f"{step.name}: its rounding error is not known, so no radius would be sound")
+                raise InputError(
+                    f"{step.name}: its rounding error is not known, so no radius would be sound; "
+                    "use MaxMin, ReLU or another layer that only compares, adds and multiplies"
+                )
         self._steps = dict(zip(trace.nodes, trace.steps, strict=True))
         self._constants = step_constants(trace.steps)
         self._graph = copy.deepcopy(trace.graph).to(dtype)

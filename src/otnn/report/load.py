@@ -88,6 +88,12 @@ def load_run(run: Path) -> RunFiles:
     explanations = _arrays(run, "explanations.npz", _EXPLANATIONS | twin, "explain")
     _check_certificates(run, results, certificates)
     _check_explanations(run, results, explanations)
+    index = explanations["index"]
+    if index.min() < 0 or index.max() >= len(certificates["radius"]):
+        raise InputError(
+            f"{run / 'explanations.npz'}: index is not that of test images; delete it and run `otnn explain`"
+        )
+    explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
     return RunFiles(run.resolve().name, results, certificates, explanations, _metrics(run), _config(run))
 
 
