@@ -339,13 +339,14 @@ def test_a_shape_that_does_not_fit_is_told(shape: Any) -> None:
 def test_images_without_channels_are_refused() -> None:
     # torch takes a batch of 5 images of one dimension less for one image of 5 channels
     for layer, shape in ((nn.Conv1d(5, 5, 3, padding=1), (8,)), (nn.Conv2d(5, 5, 3, padding=1), (8, 8))):
-        refusal(layer, shape)
+        words = f"expected images of {len(shape) + 1} dimensions, channels first, got shape {shape}"
+        assert refusal(layer, shape) == f"{type(layer).__name__}: {words}"
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_weights_without_values_are_refused() -> None:
-    refusal(nn.Sequential(nn.LazyLinear(4)), (4,))
-    refusal(nn.Linear(4, 4, device="meta"))
+    assert refusal(nn.Sequential(nn.LazyLinear(4)), (4,)) == "0.weight has no values yet; load the weights first"
+    assert refusal(nn.Linear(4, 4, device="meta")) == "weight has no values yet; load the weights first"
 
 
 @pytest.mark.parametrize("layer", [MaxMin(0), nn.Flatten(0)], ids=["MaxMin", "Flatten"])

@@ -228,12 +228,6 @@ def _(layer: nn.BatchNorm1d | nn.BatchNorm2d, shape: Shape | None, output: Shape
     return LayerBound(constant, Rounding(10, constant, mul_up(sqrt_up(pixels), offset), math.prod(output)))
 
 
-@layer_bound.register
-def _(layer: nn.Unflatten, shape: Shape | None, output: Shape | None) -> LayerBound:
-    refuse_batch(layer, layer.dim, shape)
-    return LayerBound(1.0, EXACT)
-
-
 @layer_bound.register(nn.PixelShuffle)
 @layer_bound.register(nn.PixelUnshuffle)
 def _(layer: nn.Module, shape: Shape | None, output: Shape | None) -> LayerBound:

@@ -122,21 +122,20 @@ def _plain(layer: nn.Module) -> nn.Module:
             dtype=linear.weight.dtype,
         )
         return dense
-    if isinstance(layer, OrthoConv2d):
-        convolution: nn.Module = nn.utils.skip_init(
-            nn.Conv2d,
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            padding_mode=layer.padding_mode,
-            bias=layer.bias is not None,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-        )
-        return convolution
-    return layer
+    layer = cast(OrthoConv2d, layer)
+    convolution: nn.Module = nn.utils.skip_init(
+        nn.Conv2d,
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        padding_mode=layer.padding_mode,
+        bias=layer.bias is not None,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+    return convolution
 
 
 @torch.no_grad()

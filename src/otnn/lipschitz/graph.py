@@ -72,10 +72,10 @@ def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
     single = _Tracer().is_leaf_module(module, "") or isinstance(module, (nn.ModuleList, nn.ModuleDict))
     root = nn.Sequential(module) if single else module  # a single layer is a chain of one
     _check_entered(root)
-    graph = _chain(root)
+    called, graph = root, _chain(root)
     if graph is None:  # a forward of its own may change what is stored: it is called on a copy
-        root = copy.deepcopy(root)
-        graph = _symbolic(root)
+        called = copy.deepcopy(root)
+        graph = _symbolic(called)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) > 1:
         raise InputError(f"{inputs[1].name}: expected a network of one input")
@@ -105,19 +105,20 @@ def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
             index[node] = len(steps)
             steps.append(step)
             nodes.append(node)
-    _check_faithful(root, graph, shape)
-    _check_unchanged(module if not single else root, root)
+    if called is not root:
+        _check_faithful(called, graph, shape)
+        _check_unchanged(root, called)
     return Trace(tuple(steps), tuple(node.name for node in nodes), graph)
 
 
 def _chain(root: nn.Module) -> fx.GraphModule | None:
     """The graph of a `Sequential` of layers, nested or not; None for a network with a forward of its own."""
-    graph = fx.Graph()
+    tracer, graph = _Tracer(), fx.Graph()
     last = graph.placeholder("inputs")
 
     def append(module: nn.Module, path: str) -> bool:
         nonlocal last
-        if _Tracer().is_leaf_module(module, path):
+        if tracer.is_leaf_module(module, path):
             last = graph.call_module(path, (last,))
             return True
         if not (isinstance(module, nn.Sequential) and computes_like(module, nn.Sequential)):
@@ -133,21 +134,21 @@ def _chain(root: nn.Module) -> fx.GraphModule | None:
 
 def _symbolic(root: nn.Module) -> fx.GraphModule:
     """Trace a network with a forward of its own. Meanwhile torch patches every module, so one thread at a time."""
-    attributes = set(vars(root)) | set(root._buffers)
     with _TRACING:
         try:
             return fx.GraphModule(root, _Tracer().trace(root))
         except InputError:
             raise
         except Exception as error:  # whatever a foreign forward does with a symbolic input
-            said = str(error).strip().split("\n")[0]
             raise InputError(
-                f"{type(root).__name__}: its forward cannot be traced ({said}); expected layers applied to one input "
-                "without control flow that depends on values"
+                f"{type(root).__name__}: its forward cannot be traced ({_said(error)}); expected layers applied to one "
+                "input without control flow that depends on values"
             ) from None
-        finally:  # constants that were met on the way are left behind as attributes
-            for name in (set(vars(root)) | set(root._buffers)) - attributes:
-                delattr(root, name)
+
+
+def _said(error: Exception) -> str:
+    """The first line of what torch says."""
+    return str(error).strip().split("\n")[0]
 
 
 def _check_values(module: nn.Module) -> None:
@@ -189,8 +190,7 @@ def _check_faithful(root: nn.Module, graph: fx.GraphModule, shape: Shape | None)
         with torch.no_grad():
             expected, found = (run(random.clone().to(parameter.device)).nan_to_num() for run in (root, graph))
     except Exception as error:
-        said = str(error).strip().split("\n")[0]
-        raise InputError(f"{type(root).__name__}: cannot be called with one batch of inputs: {said}") from None
+        raise InputError(f"{type(root).__name__}: cannot be called with one batch of inputs: {_said(error)}") from None
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5 * scale):
         raise InputError(f"{type(root).__name__}: computes something else than its layers in turn; rewrite its forward")
@@ -242,8 +242,7 @@ def _shapes(graph: fx.GraphModule, shape: Shape | None) -> dict[fx.Node, Shape]:
     except InputError:
         raise
     except Exception as error:
-        said = str(error).strip().split("\n")[0]
-        raise InputError(f"the network does not take images of shape {shape}: {said}") from None
+        raise InputError(f"the network does not take images of shape {shape}: {_said(error)}") from None
     return runner.shapes
 
 

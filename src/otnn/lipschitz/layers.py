@@ -172,8 +172,9 @@ def _(layer: Centering, shape: Shape | None, output: Shape | None) -> LayerBound
     return LayerBound(1.0, Rounding(1, 1.0, offset, pixels * len(layer.mean)))
 
 
-@layer_bound.register
-def _(layer: MaxMin, shape: Shape | None, output: Shape | None) -> LayerBound:
+@layer_bound.register(MaxMin)
+@layer_bound.register(nn.Unflatten)
+def _(layer: MaxMin | nn.Unflatten, shape: Shape | None, output: Shape | None) -> LayerBound:
     refuse_batch(layer, layer.dim, shape)
     return LayerBound(1.0, EXACT)
 

@@ -39,8 +39,6 @@ def step_of(
 ) -> Step | None:
     """What a node of the graph is; None for constants and sizes."""
     if node.op == "placeholder":
-        if index:
-            raise InputError("expected a network of one input")
         return Step(node.name, "input", ())
     sources = tuple(index[argument] for argument in node.all_input_nodes if argument in index)
     if not sources:
@@ -114,15 +112,15 @@ def _scale_step(graph: fx.GraphModule, node: fx.Node, index: dict[fx.Node, int],
     if len(node.args) != 2 or node.kwargs:
         raise InputError("expected a product of two factors without further arguments")
     first, second = node.args
-    divides = node.target in _QUOTIENTS or node.target == "div"
+    divides = function_of(node) in _QUOTIENTS
     if second in index and not divides:
         first, second = second, first
     if not isinstance(first, fx.Node) or first not in index or second in index:
         raise InputError("a product of two results, or a quotient by one, has no Lipschitz bound")
     size = _constant(graph, second).abs()
-    constant = div_up(1.0, float(size.min())) if divides and float(size.min()) > 0 else float(size.max())
-    if divides and not float(size.min()) > 0:
+    if divides and float(size.min()) == 0:
         raise InputError("divides by zero; expected a divisor without zeros")
+    constant = div_up(1.0, float(size.min())) if divides else float(size.max())
     if size.ndim > 0:
         _check_same_shape(node, [first], shapes)
     rounding = Rounding(2, constant, 0.0, math.prod(shapes[node])) if node in shapes else None
