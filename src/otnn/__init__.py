@@ -4,15 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from otnn.lipschitz import export
+    from otnn.transport import audit
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "export"]
+__all__ = ["__version__", "audit", "export"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `otnn.export` when it is asked for, so that `otnn --version` need not wait for torch."""
+    """Import `otnn.export` and `otnn.audit` when they are asked for: `otnn --version` need not wait for torch."""
     if name == "export":
         from otnn.lipschitz import export
 
         return export
+    if name == "audit":
+        from otnn.transport import audit
+
+        return audit
     raise AttributeError(f"module 'otnn' has no attribute {name!r}")

@@ -167,6 +167,34 @@ def explain(
 
 
 @app.command()
+def audit(
+    run: RunFolder,
+    samples: Annotated[
+        int, typer.Option(help="Samples of each side of a problem, at most; 0 takes all. More need more time.", min=0)
+    ] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the samples that are drawn.")] = 0,
+    data_dir: MovedData = None,
+    accept_edits: AcceptEdits = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the network against the exact optimum of its loss: audit.json, audit.npz and audit.png."""
+    from otnn.run.audit import audit_run
+    from otnn.run.folder import open_run
+    from otnn.run.train import choose_device, dataset_of
+
+    place = choose_device(device)
+    opened = open_run(run, accept_edits=accept_edits)
+    dataset = dataset_of(opened, data_dir)
+    content = audit_run(opened, dataset=dataset, samples=samples or None, seed=seed, device=place)
+    _print(content, as_json, audit_table(content))
+    for sentence in content["verdict"]:
+        _say(sentence, as_json)
+    _say("slack. is the mean slackness, zero the share moved onto the zero level; all figures: docs/audit.md", as_json)
+    _say(f"pictures: {run / 'audit.png'}", as_json)
+
+
+@app.command()
 def report(
     run: RunFolder, data_dir: MovedData = None, accept_edits: AcceptEdits = False, as_json: AsJson = False
 ) -> None:
@@ -225,7 +253,7 @@ def demo(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, certify, explain and report in one go; on the embedded digits by default."""
+    """Train, certify, explain, audit and report in one go; on the embedded digits by default."""
     from otnn.run.demo import free_folder, run_all
 
     settings = _settings(preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin)
@@ -292,6 +320,25 @@ def radii_table(results: dict[str, Any]) -> Table:
     table = Table("L2 radius", "certified accuracy", title="share of test images right with radius >= r, [0,1] pixels")
     for radius, share in results["otnn"]["certified_accuracy"].items():
         table.add_row(radius, f"{share:.2%}")
+    return table
+
+
+def audit_table(content: dict[str, Any]) -> Table:
+    """The gap and what makes it up: each potential, on the images of the training and of the test."""
+    from otnn.transport.verdict import FIGURES
+
+    splits = content["splits"]
+    kind = (
+        "the exact optimum of the loss" if splits["train"][0]["exact"] else "the exact optimum of pairs (descriptive)"
+    )
+    table = Table("", title=f"against {kind}")
+    for name, _, _ in FIGURES:
+        table.add_column(name, justify="right", no_wrap=True)
+    for train, test in zip(splits["train"], splits["test"], strict=True):
+        table.add_section()
+        table.add_row(train["name"])
+        for split, entry in (("train", train), ("test", test)):
+            table.add_row(split, *(show(entry) for _, _, show in FIGURES))
     return table
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from otnn.report import write_report
 from otnn.run import config
+from otnn.run.audit import audit_run
 from otnn.run.certify import certify_run
 from otnn.run.explain import explain_gallery
 from otnn.run.export import export_run
@@ -37,6 +38,7 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     opened = open_run(path)
     certify_run(opened)
     explain_gallery(opened, size=2)
+    audit_run(opened, samples=20)
     write_report(opened)
     export_run(opened, path / "otnn.onnx")
     return path

@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,18 @@ _EXPLANATIONS = {
     "index": "n",
 }
 _TWIN = {"unconstrained_prediction": "n", "unconstrained_saliency": "nchw"}
+_PARTNERS = {
+    "image": "nchw",
+    "partner": "nchw",
+    "one_step": "nchw",
+    "same_length": "nchw",
+    "label": "n",
+    "partner_label": "n",
+    "potential": "n",
+    "distance": "n",
+    "share": "n",
+    "cosine": "n",
+}
 _RESULTS = {
     "data": ("name", "classes", "input_shape", "train", "validation", "test", "class_shares"),
     "otnn": ("accuracy", "balanced_accuracy", "recall", "parameters", "lipschitz_bound"),
@@ -54,6 +66,8 @@ class RunFiles:
         explanations: the arrays of explanations.npz, one row per image of the gallery.
         metrics: the lines of metrics.jsonl; empty where there is none.
         config: config.toml; empty where there is none.
+        audit: audit.json; None where the run was not audited.
+        partners: the arrays of audit.npz; empty likewise.
     """
 
     name: str
@@ -62,6 +76,8 @@ class RunFiles:
     explanations: Arrays
     metrics: list[dict[str, Any]]
     config: dict[str, Any]
+    audit: dict[str, Any] | None = None
+    partners: Arrays = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -94,7 +110,8 @@ def load_run(run: Path) -> RunFiles:
             f"{run / 'explanations.npz'}: index is not that of test images; delete it and run `otnn explain`"
         )
     explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
-    return RunFiles(run.resolve().name, results, certificates, explanations, _metrics(run), _config(run))
+    told = (results, certificates, explanations, _metrics(run), _config(run))
+    return RunFiles(run.resolve().name, *told, *_audit(run, results))
 
 
 def _results(run: Path) -> dict[str, Any]:
@@ -214,6 +231,22 @@ def _check_explanations(run: Path, results: dict[str, Any], arrays: Arrays) -> N
             f"{file}: expected scores of {len(results['data']['classes'])} classes, got {arrays['scores'].shape[2]}; "
             f"make it with `otnn explain {run}`"
         )
+
+
+def _audit(run: Path, results: dict[str, Any]) -> tuple[dict[str, Any] | None, Arrays]:
+    """Read audit.json and audit.npz, where the run was audited."""
+    file = run / "audit.json"
+    if not file.exists() and not (run / "audit.npz").exists():
+        return None, {}
+    mend = f"make it with `otnn audit {run}`"
+    if not file.exists():
+        raise InputError(f"{file}: no such file; {mend}")
+    audit = read_json(file)
+    if audit.get("format") != 1:
+        raise InputError(f"{file}: expected format 1, got {audit.get('format')}; {mend}")
+    partners = _arrays(run, "audit.npz", _PARTNERS, "audit")
+    _check_classes(run / "audit.npz", results, partners, ("label", "partner_label"), "audit")
+    return audit, partners
 
 
 def _check_radii(file: Path, arrays: Arrays, command: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from otnn.report import words
+from otnn.report.audit import audit_section
 from otnn.report.charts import Chart, chart, headroom
 from otnn.report.figures import DIVERGING
 from otnn.report.gallery import make_cards
@@ -78,6 +79,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "histogram": histogram(files),
         "groups": radius_groups(files),
         "training": training_charts(files),
+        "audit": audit_section(files),
         "settings": settings(files.config),
     }
 

@@ -30,16 +30,16 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     from matplotlib.figure import Figure
 
     image, path, scores = arrays["images"][0], arrays["path"][0], arrays["scores"][0]
-    prediction, target = (_label(classes[int(arrays[key][0])]) for key in ("prediction", "target"))
+    prediction, target = (label(classes[int(arrays[key][0])]) for key in ("prediction", "target"))
     radius, end, status = (arrays[key][0] for key in ("radius", "boundary_distance", "status"))
     maps = {f"OTNN: what speaks\nfor {prediction}": arrays["saliency"][0]}
     if "unconstrained_saliency" in arrays:
-        twin = _label(classes[int(arrays["unconstrained_prediction"][0])])
+        twin = label(classes[int(arrays["unconstrained_prediction"][0])])
         maps[f"unconstrained: what\nspeaks for {twin}"] = arrays["unconstrained_saliency"][0]
     figure = Figure(figsize=(12, 6.2), layout="constrained", dpi=110)
     rows: Any = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     top = rows[0].subplots(1, 2 + len(maps), width_ratios=(*[1] * (1 + len(maps)), 1.7))
-    _show(top[0], image, f"{prediction}\ncertified radius {radius:.3f}")
+    show_image(top[0], image, f"{prediction}\ncertified radius {radius:.3f}")
     scaled = {name: unit_map(values) for name, values in maps.items()}
     limit = max(float(np.abs(values).max()) for values in scaled.values()) or 1.0
     # the colours of the page
@@ -56,7 +56,7 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     decided = decisions(scores)
     frames = rows[1].subplots(1, _FRAMES)
     for axes, k in zip(frames, np.linspace(0, len(path) - 1, _FRAMES).round().astype(int), strict=True):
-        _show(axes, path[k], f"moved {lengths[k]:.3f}\n{_label(classes[decided[k]])}")
+        show_image(axes, path[k], f"moved {lengths[k]:.3f}\n{label(classes[decided[k]])}")
     ending = f"even at {end:.3f}, tightness {arrays['tightness'][0]:.3f}" if status == "ok" else str(status)
     rows[1].suptitle(
         f"the way to {target}, with what the network says (clipped to [0, 1] for display); {ending}", fontsize=11
@@ -66,7 +66,7 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     return stream.getvalue()
 
 
-def _show(axes: Any, image: NDArray[Any], title: str) -> None:
+def show_image(axes: Any, image: NDArray[Any], title: str) -> None:
     """An image (channels, height, width), grey or colour."""
     pixels = np.clip(image, 0, 1)
     if len(pixels) == 3:
@@ -81,14 +81,14 @@ def _curves(axes: Any, arrays: Mapping[str, Any], classes: Sequence[str]) -> Non
     """The scores along the path, with the certified radius and the place where the pair is even."""
     scores, lengths = arrays["scores"][0], arrays["distances"][0]
     if scores.shape[1] == 1:
-        axes.plot(lengths, scores[:, 0], color="C0", label=f"{_label(classes[1])} if above 0")
+        axes.plot(lengths, scores[:, 0], color="C0", label=f"{label(classes[1])} if above 0")
         axes.axhline(0, color="0.6", linewidth=0.8)
     else:
         shown = [int(arrays["prediction"][0]), int(arrays["target"][0])]
         others = [k for k in range(scores.shape[1]) if k not in shown]
         shown += sorted(others, key=lambda k: -float(scores[:, k].max()))[:1]  # the strongest of the others
         for k, style in zip(dict.fromkeys(shown), ("-", "-", "--"), strict=False):
-            axes.plot(lengths, scores[:, k], style, label=_label(classes[k]))
+            axes.plot(lengths, scores[:, k], style, label=label(classes[k]))
     axes.axvline(arrays["radius"][0], color="0.3", linestyle="-.", linewidth=1, label="certified radius")
     if np.isfinite(arrays["boundary_distance"][0]):
         axes.axvline(arrays["boundary_distance"][0], color="0.3", linestyle=":", linewidth=1, label="pair is even")
@@ -99,7 +99,7 @@ def _curves(axes: Any, arrays: Mapping[str, Any], classes: Sequence[str]) -> Non
     axes.legend(fontsize=8)
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """A class name that fits over a frame; matplotlib would read a pair of dollar signs as mathematics."""
     short = name if len(name) <= _LABEL else name[: _LABEL - 1] + "\u2026"
     return short.replace("$", r"\$")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from otnn.errors import InputError
 from otnn.report import write_report
+from otnn.run.audit import audit_run
 from otnn.run.certify import certify_run
 from otnn.run.config import Config
 from otnn.run.distributed import launched
@@ -14,7 +15,7 @@ from otnn.run.train import choose_device, dataset_of, train
 
 
 def run_all(config: Config, out: Path, *, force: bool = False, device: str = "auto") -> Run:
-    """Train, certify, explain and report into one run folder.
+    """Train, certify, explain, audit and report into one run folder.
 
     Raises:
         InputError: see `otnn.run.train.train`; more than one process.
@@ -29,6 +30,7 @@ def run_all(config: Config, out: Path, *, force: bool = False, device: str = "au
     place = choose_device(device)
     certify_run(run, dataset=dataset, device=place)
     explain_gallery(run, dataset=dataset, device=place)
+    audit_run(run, dataset=dataset, device=place)
     run.write({}, {"seconds": {"total": round(time.perf_counter() - start, 3)}})
     write_report(run)
     return run

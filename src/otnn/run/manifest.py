@@ -28,6 +28,9 @@ DERIVED = {
     "certificates.csv": "certify",
     "certificates.npz": "certify",
     "explanations.npz": "explain",
+    "audit.json": "audit",
+    "audit.npz": "audit",
+    "audit.png": "audit",
     "report.html": "report",
     "otnn.onnx": "export",
 }

@@ -1,6 +1,6 @@
 """Progress on stderr: bars on a terminal, a line per epoch elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,6 +66,17 @@ def status(message: str) -> Iterator[None]:
     else:
         console.print(message, soft_wrap=True)
         yield
+
+
+@contextmanager
+def counting(message: str) -> Iterator[Callable[[str], None]]:
+    """Say what is being done while it lasts, and how far it is: call what is yielded with a text."""
+    if not console.is_terminal:
+        console.print(message, soft_wrap=True)
+        yield lambda text: None
+        return
+    with console.status(Text(message)) as shown:
+        yield lambda text: shown.update(Text(f"{message}: {text}"))
 
 
 def name_skipped(names: Sequence[str]) -> None:
