@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from otnn.cli import main
+from otnn.run.snowflakes import Recipe
 
 QUICK = ("--set", "training.epochs=2", "--set", "model.widths=[32]")
 
@@ -152,3 +153,41 @@ def test_version_and_help(otnn: Callable[..., tuple]) -> None:
 
     assert otnn("--version")[1].strip() == f"otnn {__version__}"
     assert "demo" in otnn("--help")[1]
+
+
+def test_audit_prints_table_and_verdict_or_json(otnn: Callable[..., tuple], tmp_path: Path) -> None:
+    assert otnn("train", "--out", "run", "--classes", "0,8", "--no-twin", *QUICK)[0] == 0
+    code, out, _ = otnn("audit", "run", "--samples", "30")
+    assert code == 0
+    assert "against the exact optimum of the loss" in out
+    assert "8 against 0" in out
+    assert "On the training samples the network stays" in out
+    code, out, _ = otnn("audit", "run", "--samples", "0", "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert content["samples"] is None
+    assert content["splits"]["test"][0]["positives"] + content["splits"]["test"][0]["negatives"] == 71
+    assert (tmp_path / "run" / "audit.png").exists()
+    code, _, err = otnn("audit", "run", "--samples", "-1")
+    assert code == 2
+    code, _, err = otnn("audit", "nowhere")
+    assert code == 2
+    assert "no such run folder" in err
+
+
+def test_snowflakes_says_which_bars_it_missed(
+    otnn: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from otnn.run import snowflakes
+
+    monkeypatch.setattr(snowflakes, "Recipe", lambda: tiny)
+    code, out, _ = otnn("snowflakes", "--out", "figure")
+    assert code == 0
+    assert "below its bar: gap" in out
+    assert (tmp_path / "figure" / "snowflakes.png").exists()
+    code, _, err = otnn("snowflakes", "--out", "figure")
+    assert code == 2
+    assert "--force" in err
+
+
+tiny = Recipe(width=8, depth=2, steps=10, twin_steps=10)

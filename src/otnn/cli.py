@@ -15,6 +15,7 @@ from rich.table import Table
 
 from otnn import __version__
 from otnn.errors import InputError
+from otnn.tables import audit_table, networks_table, radii_table, snowflakes_table
 
 if TYPE_CHECKING:
     from otnn.run.config import Config
@@ -264,6 +265,23 @@ def demo(
     _say(f"report: {folder / 'report.html'}", as_json)
 
 
+@app.command()
+def snowflakes(
+    out: Annotated[Path, typer.Option(help="Folder of the picture and its figures.", metavar="DIR")] = Path("."),
+    seed: Annotated[int, typer.Option(help="Seed of the networks.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the figure of the paper: a network on two Koch snowflakes beside the exact optimum and an ordinary one."""
+    from otnn.run.snowflakes import PICTURE, missed, run_snowflakes
+
+    content = run_snowflakes(out, seed=seed, force=force)
+    _print(content, as_json, snowflakes_table(content))
+    _say(f"picture: {out / PICTURE}", as_json)
+    if short := missed(content):
+        _say(f"below its bar: {', '.join(short)}", as_json)
+
+
 def _settings(
     preset: str | None,
     file: Path | None,
@@ -291,55 +309,6 @@ def _settings(
         "twin": False if no_twin else None,
     }
     return load(preset, file, options, overrides or [])
-
-
-def networks_table(results: dict[str, Any]) -> Table:
-    """Both networks side by side."""
-    data = results["data"]
-    table = Table("test split", title=f"{data['name']}: {data['test']} test images, {len(data['classes'])} classes")
-    names = [name for name in ("otnn", "unconstrained") if name in results]
-    for name in names:
-        table.add_column("OTNN" if name == "otnn" else name, justify="right")
-    for label, key, form in (
-        ("accuracy", "accuracy", "{:.2%}"),
-        ("balanced accuracy", "balanced_accuracy", "{:.2%}"),
-        ("mean certified radius", "mean_radius", "{:.4f}"),
-        ("Lipschitz bound of the body", "lipschitz_bound", "{:.7f}"),
-        ("parameters", "parameters", "{:,}"),
-    ):
-        cells = [form.format(results[name][key]) if key in results[name] else "-" for name in names]
-        if any(cell != "-" for cell in cells):
-            table.add_row(label, *cells)
-    seconds = [f"{results['seconds'].get(f'train_{name}', 0):.1f}" for name in names]
-    table.add_row("training, seconds", *seconds)
-    return table
-
-
-def radii_table(results: dict[str, Any]) -> Table:
-    """Certified accuracy over radii."""
-    table = Table("L2 radius", "certified accuracy", title="share of test images right with radius >= r, [0,1] pixels")
-    for radius, share in results["otnn"]["certified_accuracy"].items():
-        table.add_row(radius, f"{share:.2%}")
-    return table
-
-
-def audit_table(content: dict[str, Any]) -> Table:
-    """The gap and what makes it up: each potential, on the images of the training and of the test."""
-    from otnn.transport.verdict import FIGURES
-
-    splits = content["splits"]
-    kind = (
-        "the exact optimum of the loss" if splits["train"][0]["exact"] else "the exact optimum of pairs (descriptive)"
-    )
-    table = Table("", title=f"against {kind}")
-    for name, _, _ in FIGURES:
-        table.add_column(name, justify="right", no_wrap=True)
-    for train, test in zip(splits["train"], splits["test"], strict=True):
-        table.add_section()
-        table.add_row(train["name"])
-        for split, entry in (("train", train), ("test", test)):
-            table.add_row(split, *(show(entry) for _, _, show in FIGURES))
-    return table
 
 
 def _print(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:

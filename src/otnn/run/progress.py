@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from torch import Tensor
 
 from otnn.run.fit import EpochMetrics
 
@@ -55,6 +56,20 @@ def training_bar(name: str, quiet: bool) -> Iterator[TrainingBar]:
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(name, total=None, figures="")
         yield TrainingBar(progress, task, name)
+
+
+@contextmanager
+def steps_bar(name: str, steps: int) -> Iterator[Callable[[int, Tensor], None]]:
+    """A bar for a short training without epochs: call what is yielded with the step and the loss."""
+    with training_bar(name, quiet=False) as bar:
+        if not console.is_terminal:
+            console.print(f"training {name}", soft_wrap=True)
+
+        def show(step: int, loss: Tensor) -> None:
+            if step % 20 == 0 or step == steps:
+                bar.on_step(step, steps, float(loss.detach()))
+
+        yield show
 
 
 @contextmanager

@@ -31,11 +31,12 @@ def distances(x: Tensor, z: Tensor, norm: float = 2.0) -> Tensor:
     if norm != 2 or x.shape[1] <= _DIRECT:
         return torch.cdist(x, z, p=norm, compute_mode="donot_use_mm_for_euclid_dist")
     centre = x.mean(dim=0)
-    x, z = x - centre, z - centre
-    squares_x, squares_z = x.square().sum(dim=1), z.square().sum(dim=1)
-    result = x @ z.mT
+    moved_x, moved_z = x - centre, z - centre
+    squares_x, squares_z = moved_x.square().sum(dim=1), moved_z.square().sum(dim=1)
+    result = moved_x @ moved_z.mT
     result.mul_(-2).add_(squares_x.unsqueeze(1)).add_(squares_z)
-    for rows, part, scale in zip(x.split(_rows(z)), result.split(_rows(z)), squares_x.split(_rows(z)), strict=True):
+    size = _rows(result)
+    for rows, part, scale in zip(x.split(size), result.split(size), squares_x.split(size), strict=True):
         near = (part < _CANCELLED * (scale.unsqueeze(1) + squares_z)).nonzero()
         for i, j in zip(*(index.split(_rows(x)) for index in near.unbind(1)), strict=True):
             part[i, j] = (rows[i] - z[j]).square().sum(dim=1)

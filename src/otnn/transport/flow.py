@@ -31,6 +31,9 @@ from otnn.transport.problem import TransportProblem
 
 # The network simplex ends by itself; this only keeps it from ending early.
 _PIVOTS = 2**31 - 1
+# What its multipliers are exact to, as a share of the largest price: they carry the rounding of the dear artificial
+# arcs that it starts from.
+_FINE = 1e-9
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -94,35 +97,32 @@ class FlowNetwork:
         i, j = (np.minimum(np.searchsorted(end, middle), len(end) - 1) for end in ends)
         return i, j
 
-    def solve(self, rows: Indices, columns: Indices, costs: Floats) -> Flow:
+    def solve(self, rows: Indices, columns: Indices, costs: Floats, *, finely: bool = False) -> Flow:
         """Solve on the arcs from x[rows] to z[columns] by POT's network simplex on sparse graphs.
 
         Args:
             rows: (arcs,) indices of positives.
             columns: (arcs,) indices of negatives; each pair occurs once, and those of `feasible_arcs` are among them.
             costs: (arcs,) distances.
+            finely: solve once more for what the multipliers leave of the prices, in finer units.
 
         Raises:
             RuntimeError: the network simplex gave up.
         """
-        import ot
-        from scipy.sparse import coo_array
-
         n, m = len(self.problem.x), len(self.problem.z)
-        supply, demand = self._supply, self._demand
-        graph = coo_array(
-            (
-                np.concatenate([costs, self._arcs[2]]),
-                (np.concatenate([rows, self._arcs[0]]), np.concatenate([columns, self._arcs[1]])),
-            ),
-            shape=(len(supply), len(demand)),
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of is the error below
-            flow, log = ot.emd(supply, demand, graph, numItermax=_PIVOTS, log=True, center_dual=False)
-        if log["warning"] is not None:
-            raise RuntimeError(f"the network simplex did not end: {log['warning']}")
-        u, v = torch.from_numpy(log["u"]), torch.from_numpy(log["v"])
+        sources, sinks = np.concatenate([rows, self._arcs[0]]), np.concatenate([columns, self._arcs[1]])
+        prices = np.concatenate([costs, self._arcs[2]])
+        unit = float(prices.max()) or 1.0
+        flow, u, v = self._simplex(sources, sinks, prices / unit)
+        u, v = unit * u, unit * v
+        if self._doubles:  # one of the multipliers is free: small numbers round least
+            u, v = u - u[self._hub], v + u[self._hub]
+        if finely:
+            fine = _FINE * unit
+            # by how far an arc misses being tight does not matter
+            left = np.minimum(prices - u[sources] - v[sinks], fine)
+            flow, more_u, more_v = self._simplex(sources, sinks, left / fine)
+            u, v = u + fine * more_u, v + fine * more_v
         hub, rest = (float(u[self._hub]), float(v[-1])) if self._doubles else (0.0, 0.0)
         margin = self.problem.margin or 0.0
         if self.problem.learns_margin:
@@ -132,10 +132,23 @@ class FlowNetwork:
             rows=flow.row[carried].astype(np.int64),
             columns=flow.col[carried].astype(np.int64),
             mass=flow.data[carried].astype(np.float64),
-            potential_x=u[:n] - (hub - rest) / 2,
-            potential_z=(rest - hub) / 2 - v[:m],
+            potential_x=torch.from_numpy(u[:n] - (hub - rest) / 2),
+            potential_z=torch.from_numpy((rest - hub) / 2 - v[:m]),
             margin=margin,
         )
+
+    def _simplex(self, sources: Indices, sinks: Indices, prices: Floats) -> tuple[Any, Floats, Floats]:
+        """The optimal flow, and the multipliers of sources and sinks."""
+        import ot
+        from scipy.sparse import coo_array
+
+        graph = coo_array((prices, (sources, sinks)), shape=(len(self._supply), len(self._demand)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is the error below
+            flow, log = ot.emd(self._supply, self._demand, graph, numItermax=_PIVOTS, log=True, center_dual=False)
+        if log["warning"] is not None:
+            raise RuntimeError(f"the network simplex did not end: {log['warning']}")
+        return flow, log["u"], log["v"]
 
 
 def check_budget(problem: TransportProblem, memory_budget: float) -> None:

@@ -60,9 +60,10 @@ class TransportSolution:
         """f* anywhere: a 1-Lipschitz function that has the optimal values on the samples; differentiable.
 
         Two such functions are min_j f(z_j) + ||x - z_j||, which has a cone at every negative, and max_i f(x_i) -
-        ||x - x_i||, which has one at every positive. Without labels the result is their mean. With labels each point
-        takes the one that is smooth at its own class, the first at positives and the second at negatives: its gradient
-        there has norm 1 and points along the plan.
+        ||x - x_i||, which has one at every positive. Without labels the result is their mean, whose gradient at a
+        sample has half the norm, as one of the two has a cone there. With labels each point takes the one that is
+        smooth at its own class, the first at positives and the second at negatives: its gradient there has norm 1 and
+        points along the plan.
 
         Args:
             points: (batch, ...) in the shape of the samples.
@@ -112,7 +113,8 @@ class TransportSolution:
         own, other = (self.problem.x, self.problem.z) if label else (self.problem.z, self.problem.x)
         plan = (self.plan if label else self.plan.T).tocsr()
         image = torch.from_numpy(plan @ other.numpy() / plan.sum(axis=1)[:, None])
-        nearest = torch.cat([distances(part, own, self.problem.norm).argmin(dim=1) for part in self._chunks(flat, own)])
+        found = [distances(part, own, self.problem.norm).argmin(dim=1) for part in self._chunks(flat, own)]
+        nearest = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
         return (flat + (image - own)[nearest]).view(-1, *self.problem.shape)
 
     def _from_negatives(self, points: Tensor) -> Tensor:
