@@ -188,6 +188,8 @@ def test_samples_are_drawn_from_each_side_and_repeat() -> None:
     assert len(first.problem.x) == len(first.problem.z) == 20
     assert len(set(first.indices[0].tolist())) == 20
     assert first.measures == again.measures
+    pair = audit(model, (data.images, data.labels), loss, samples=20, seed=1).potentials[0]
+    assert first.measures == pair.measures
     assert first.measures != other.measures
     everything = audit(model, data, loss, samples=None).potentials[0]
     assert len(everything.problem.x) == 50
@@ -244,6 +246,8 @@ def test_losses_and_settings_that_do_not_fit_are_refused() -> None:
         audit(network(3), points(3), HKRLoss(margin=0.1, hinge_weight=1.0))
     with pytest.raises(InputError, match="samples: expected a number >= 1"):
         audit(network(), data, samples=0)
+    with pytest.raises(InputError, match=r"expected a split such as dataset\.train, or \(samples, labels\), got str"):
+        audit(network(), "digits")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="classes: expected 2 names, got 1"):
         audit(network(), data, classes=("one",))
     with pytest.raises(InputError, match=r"30 x 30 samples need 0\.2.* GB, the budget is 0\.001 GB"):

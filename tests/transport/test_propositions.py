@@ -116,11 +116,11 @@ def test_on_a_line_the_weight_must_exceed_8_over_the_rarer_share(margin: float) 
 # --- Proposition 1 -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [1, 2, 20])
+@pytest.mark.parametrize(("dims", "equal"), [(1, False), (2, False), (20, False), (2, True), (20, True)])
 @EVERY_FORM
-def test_proposition_1_inside_every_pair(form: dict[str, Any], dims: int) -> None:
+def test_proposition_1_inside_every_pair(form: dict[str, Any], dims: int, equal: bool) -> None:
     # whatever the extension and however samples are split: f* falls at full slope from x to z, and is smooth in between
-    solution = solve(gaussian_problem(40, 50, dims, **form))
+    solution = solve(gaussian_problem(50, 50, dims, equal=equal, **form))
     x, z = solution.problem.x[solution.rows], solution.problem.z[solution.columns]
     length = (x - z).norm(dim=1, keepdim=True)
     for label in (None, 1, 0):

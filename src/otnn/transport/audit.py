@@ -142,7 +142,7 @@ class _Potential:
 
 def audit(
     model: Classifier,
-    data: Split,
+    data: Split | tuple[Tensor, Tensor],
     loss: Loss | None = None,
     *,
     classes: tuple[str, ...] | None = None,
@@ -155,7 +155,7 @@ def audit(
 
     Args:
         model: a classifier in `eval()` mode; it is measured in float64.
-        data: samples and labels: those of the training, or others.
+        data: a split of a data set, or samples and labels: those of the training, or others.
         loss: the loss that it was trained with, whose problem is solved. Without one, and with cross-entropy, the
             potentials are measured against plain Wasserstein-1.
         classes: names of the classes.
@@ -179,6 +179,7 @@ def audit(
         >>> untrained.measures.gap > 1 and untrained.measures.slackness.mean < 0.5
         True
     """
+    data = _as_split(data)
     check_images(data.images)
     check_model(model, data.images)
     check_labels(data.labels, len(data.images), model.classes)
@@ -196,6 +197,14 @@ def audit(
             for potential in _potentials(exact_model, loss, names)
         )
     )
+
+
+def _as_split(data: object) -> Split:
+    if isinstance(data, Split):
+        return data
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return Split(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
+    raise InputError(f"data: expected a split such as dataset.train, or (samples, labels), got {type(data).__name__}")
 
 
 def _audited(

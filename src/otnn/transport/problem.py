@@ -17,6 +17,8 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.losses.functional import check_alpha, resolve_hinge_weight
 
+# How often a sample may be carried, at most: beyond that the masses of the dual are too unlike for rounding.
+_OFTEN = 1e5
 _SUM = 1e-6  # weights of float32 sum to 1 up to that
 
 
@@ -24,7 +26,7 @@ class TransportProblem:
     """The hKR problem between a sample of the positive class and one of the negative class.
 
     Args:
-        x: (n, ...) positives, whose potential is high; each sample is flattened.
+        x: (n, ...) positives, whose potential is high, as a tensor or an array; each sample is flattened.
         z: (m, ...) negatives.
         hinge_weight: lambda >= 0; 0 is the plain Wasserstein-1 problem. 1/alpha if only `alpha` is given.
         margin: m >= 0 per side, fixed; needed where hinge_weight > 0 and `alpha` is not given.
@@ -56,6 +58,7 @@ class TransportProblem:
         prior: float | None = None,
         norm: float = 2.0,
     ) -> None:
+        x, z = torch.as_tensor(x), torch.as_tensor(z)
         for name, sample in (("x", x), ("z", z)):
             check_images(sample, what=name)
         if x.shape[1:] != z.shape[1:]:
@@ -75,6 +78,13 @@ class TransportProblem:
         self.margin = _checked_margin(margin, alpha, self.hinge_weight)
         if alpha is not None:
             check_alpha(alpha, self.prior)
+        slacks = (self.slack_x, self.slack_z)
+        if self.hinge_weight > 0 and not 1 / _OFTEN <= min(slacks) <= max(slacks) <= _OFTEN:
+            raise InputError(
+                f"hinge_weight = {self.hinge_weight:g} with prior = {self.prior:g}: expected hinge_weight times prior and "
+                f"times 1 - prior in [{1 / _OFTEN:g}, {_OFTEN:g}], where rounding lets the dual be solved; "
+                "for the plain problem take hinge_weight=0"
+            )
         self.sample_weight_x = _weights("sample_weight_x", sample_weight_x, len(x))
         self.sample_weight_z = _weights("sample_weight_z", sample_weight_z, len(z))
 
@@ -92,6 +102,26 @@ class TransportProblem:
     def slack_z(self) -> float:
         """How many times more than once a negative may be carried: lambda (1 - p)."""
         return self.hinge_weight * (1 - self.prior)
+
+    def subset(self, rows: Tensor, columns: Tensor) -> "TransportProblem":
+        """The same problem on some of the samples, with their weights scaled to sum to 1 again.
+
+        Args:
+            rows: indices of the positives to keep.
+            columns: indices of the negatives to keep.
+        """
+        a, b = self.sample_weight_x[rows], self.sample_weight_z[columns]
+        return TransportProblem(
+            self.x[rows],
+            self.z[columns],
+            hinge_weight=self.hinge_weight,
+            margin=self.margin,
+            alpha=self.alpha,
+            sample_weight_x=a / a.sum(),
+            sample_weight_z=b / b.sum(),
+            prior=self.prior,
+            norm=self.norm,
+        )
 
     def loss(self, potential_x: Tensor, potential_z: Tensor, margin: float | None = None) -> float:
         """The loss that is minimised, of any f given by its values on both samples.

@@ -61,9 +61,10 @@ class TransportSolution:
 
         Two such functions are min_j f(z_j) + ||x - z_j||, which has a cone at every negative, and max_i f(x_i) -
         ||x - x_i||, which has one at every positive. Without labels the result is their mean, whose gradient at a
-        sample has half the norm, as one of the two has a cone there. With labels each point takes the one that is
-        smooth at its own class, the first at positives and the second at negatives: its gradient there has norm 1 and
-        points along the plan.
+        sample has half the norm, as one of the two has a cone there. With labels each point takes the one without a
+        cone at its own class, the first at positives and the second at negatives: its gradient there has norm 1 and
+        points from a partner at its full distance, under the plan or, where the optimum is not unique (equal weights
+        and numbers of samples), under another optimal one. Between partners it is unique (Proposition 1).
 
         Args:
             points: (batch, ...) in the shape of the samples.
