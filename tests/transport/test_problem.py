@@ -85,13 +85,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prior": math.nan}, "prior: expected the share of the positives, in (0, 1), got nan"),
     (
         {"hinge_weight": 1e9, "margin": 0.1},
-        "hinge_weight = 1e+09 with prior = 0.4: expected hinge_weight times prior and times 1 - prior in [1e-05, 100000], "
-        "where rounding lets the dual be solved; for the plain problem take hinge_weight=0",
+        "hinge_weight = 1e+09 with prior = 0.4: expected hinge_weight times prior and times 1 - prior in "
+        "[1e-05, 100000], where rounding lets the dual be solved; for the plain problem take hinge_weight=0",
     ),
     (
         {"hinge_weight": 1e-6, "margin": 0.1},
-        "hinge_weight = 1e-06 with prior = 0.4: expected hinge_weight times prior and times 1 - prior in [1e-05, 100000], "
-        "where rounding lets the dual be solved; for the plain problem take hinge_weight=0",
+        "hinge_weight = 1e-06 with prior = 0.4: expected hinge_weight times prior and times 1 - prior in "
+        "[1e-05, 100000], where rounding lets the dual be solved; for the plain problem take hinge_weight=0",
     ),
     ({"norm": 0.5}, "norm: expected 1, 2, inf or any p >= 1, got 0.5"),
     ({"norm": math.nan}, "norm: expected 1, 2, inf or any p >= 1, got nan"),

@@ -81,8 +81,8 @@ class TransportProblem:
         slacks = (self.slack_x, self.slack_z)
         if self.hinge_weight > 0 and not 1 / _OFTEN <= min(slacks) <= max(slacks) <= _OFTEN:
             raise InputError(
-                f"hinge_weight = {self.hinge_weight:g} with prior = {self.prior:g}: expected hinge_weight times prior and "
-                f"times 1 - prior in [{1 / _OFTEN:g}, {_OFTEN:g}], where rounding lets the dual be solved; "
+                f"hinge_weight = {self.hinge_weight:g} with prior = {self.prior:g}: expected hinge_weight times prior "
+                f"and times 1 - prior in [{1 / _OFTEN:g}, {_OFTEN:g}], where rounding lets the dual be solved; "
                 "for the plain problem take hinge_weight=0"
             )
         self.sample_weight_x = _weights("sample_weight_x", sample_weight_x, len(x))
