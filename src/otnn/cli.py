@@ -44,7 +44,7 @@ Classes = Annotated[
 Target = Annotated[str | None, typer.Option(help="An attribute column, for a binary task.")]
 Size = Annotated[int | None, typer.Option(help="Pixels of a side.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read, and name them.")]
-Preset = Annotated[str | None, typer.Option(help="A named configuration: digits, fast or photos.")]
+Preset = Annotated[str | None, typer.Option(help="A named configuration: digits, binary, fast or photos.")]
 ConfigFile = Annotated[Path | None, typer.Option(help="A TOML file of settings.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")

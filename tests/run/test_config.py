@@ -35,6 +35,18 @@ def test_the_data_choose_their_preset() -> None:
     assert load(options={"data.name": "fashion-mnist"}).model.architecture == "conv"
     assert load(overrides=["data.name=fashion-mnist"]).training.epochs == load(preset="fast").training.epochs
     assert load(preset="fast", options={"data.name": "digits"}).model.architecture == "conv"
+    two = load(options={"data.name": "mnist", "data.classes": ["0", "8"]})
+    assert two.training == load(preset="binary").training
+    assert load(overrides=["data.name=mnist", "data.classes=0,8"]).model == two.model
+    assert load(options={"data.name": "mnist", "data.classes": ["0", "8", "9"]}).model.architecture == "conv"
+    assert load(options={"data.name": "digits", "data.classes": ["0", "8"]}).training == load(preset="digits").training
+
+
+def test_another_architecture_does_not_take_the_widths_of_the_preset() -> None:
+    assert load(overrides=["model.architecture=conv"]).model.widths is None
+    both = load(overrides=["model.architecture=conv", "model.widths=[8, 16]"])
+    assert both.model.widths == (8, 16)
+    assert load(overrides=["model.widths=[8, 16]"]).model.architecture == "dense"
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -188,7 +200,7 @@ def test_configurations_cannot_be_changed() -> None:
         load().training.epochs = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("preset", ["digits", "fast"])
+@pytest.mark.parametrize("preset", ["digits", "binary", "fast", "photos"])
 def test_presets_survive_toml(preset: str) -> None:
     config = load(preset=preset)
     assert from_mapping(Config, tomllib.loads(to_toml(config))) == config

@@ -19,7 +19,8 @@ from otnn.models import ARCHITECTURES
 
 LOSSES = ("auto", "hkr", "one_vs_all_hkr", "soft_hkr", "cross_entropy")
 
-# The preset of a data set that is not asked for another; anything else takes "photos".
+# The preset of a data set that is not asked for another; anything else takes "photos". Of two classes of a set that
+# takes "fast" it is "binary".
 _PRESET_OF = {"digits": "digits", "mnist": "fast", "fashion-mnist": "fast"}
 
 
@@ -207,9 +208,10 @@ def load(
         merge(given, _nested(name.strip(), _value(text.strip())))
     layers.append(given)
     if preset is None:
-        names = [layer["data"].get("name") for layer in layers if isinstance(layer.get("data"), dict)]
-        chosen = next((str(name) for name in reversed(names) if name is not None), "digits")
-        preset = _PRESET_OF.get(chosen, "photos")
+        data: dict[str, Any] = {}
+        for layer in layers:
+            merge(data, layer["data"] if isinstance(layer.get("data"), dict) else {})
+        preset = _preset_of(data)
     if preset not in presets():
         raise InputError(f"preset: expected one of {', '.join(presets())}, got {preset!r}")
     text = (resources.files("otnn.run") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
@@ -220,9 +222,21 @@ def load(
             # alpha asks for a learned margin: a fixed one said earlier gives way, and its hinge weight with it
             for name in ("margin", "hinge_weight"):
                 result.get("loss", {}).pop(name, None)
+        model = layer.get("model")
+        if isinstance(model, Mapping) and "architecture" in model and "widths" not in model:
+            result.get("model", {}).pop("widths", None)  # widths said earlier are those of another architecture
         merge(result, layer)
     config: Config = from_mapping(Config, result)
     return config
+
+
+def _preset_of(data: Mapping[str, Any]) -> str:
+    """The preset that suits a data set and its classes."""
+    preset = _PRESET_OF.get(str(data.get("name", "digits")), "photos")
+    classes = data.get("classes")
+    if isinstance(classes, str):
+        classes = classes.split(",")
+    return "binary" if preset == "fast" and isinstance(classes, list | tuple) and len(classes) == 2 else preset
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
