@@ -31,7 +31,7 @@ def partners_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> bytes
 
     count = len(arrays["image"])
     half = -(-count // 2)  # two samples in a row
-    figure = Figure(figsize=(13.5, 1.85 * half + 0.7), layout="constrained", dpi=110)
+    figure = Figure(figsize=(13.5, 2.0 * half + 0.7), layout="constrained", dpi=110)
     grid = figure.subplots(half, 2 * len(COLUMNS), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -39,10 +39,10 @@ def partners_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> bytes
         row, side = k % half, k // half
         own, other = (label(classes[int(arrays[name][k])]) for name in ("label", "partner_label"))
         notes = {
-            "image": f"{own}, f = {arrays['potential'][k]:+.2f}",
+            "image": f"{own}\nf = {arrays['potential'][k]:+.2f}",
             "one_step": "",
             "same_length": f"cosine {arrays['cosine'][k]:.2f}",
-            "partner": f"{other}, at {arrays['distance'][k]:.2f}, share {arrays['share'][k]:.0%}",
+            "partner": f"{other}\n{arrays['distance'][k]:.2f} away, share {arrays['share'][k]:.0%}",
         }
         for column, (name, title) in enumerate(COLUMNS):
             axes = grid[row][side * len(COLUMNS) + column]
