@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from otnn import __version__
 from otnn.errors import InputError
-from otnn.tables import audit_table, networks_table, radii_table, snowflakes_table
+from otnn.tables import audit_table, compare_tables, explained_table, networks_table, radii_table, snowflakes_table
 
 if TYPE_CHECKING:
     from otnn.run.config import Config
@@ -50,6 +49,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="A setting: --set training.epochs=30.", metavar="NAME=VALUE")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the training.")]
+Adversarial = Annotated[
+    float | None,
+    typer.Option(help="Also train an ordinary network on attacks of that L2 radius.", metavar="EPS"),
+]
 NoTwin = Annotated[bool, typer.Option("--no-twin", help="Do not train the unconstrained twin.")]
 MovedData = Annotated[
     Path | None,
@@ -90,6 +93,7 @@ def train(
     overrides: Overrides = None,
     seed: Seed = None,
     no_twin: NoTwin = False,
+    adversarial: Adversarial = None,
     device: Device = "auto",
     force: Force = False,
     as_json: AsJson = False,
@@ -97,7 +101,9 @@ def train(
     """Train an OTNN and its unconstrained twin."""
     from otnn.run.train import train as run_training
 
-    settings = _settings(preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin)
+    settings = _settings(
+        preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin, adversarial
+    )
     run = run_training(settings, out, force=force, device=device)
     results = run.results()
     _print(results, as_json, networks_table(results))
@@ -156,13 +162,7 @@ def explain(
         _print({"gallery": str(file)}, as_json, f"gallery of test images: {file}")
         return
     rows = explain_files(opened, images, target=target, out=out, force=force, skip_broken=skip_broken, device=place)
-    table = Table("image", "prediction", "certified radius", "towards", "tightness", "flips")
-    for row in rows:
-        tightness = row["status"] if row["tightness"] is None else f"{row['tightness']:.3f}"
-        flips = "yes" if row["flipped"] else "no"
-        name = Path(row["file"]).name
-        table.add_row(name, row["prediction"], f"{row['radius']:.4f}", row["target"], tightness, flips)
-    _print({"images": rows}, as_json, table)
+    _print({"images": rows}, as_json, explained_table(rows))
     for row in rows:
         _say(row["picture"], as_json)
 
@@ -193,6 +193,39 @@ def audit(
         _say(sentence, as_json)
     _say("slack. is the mean slackness, zero the share moved onto the zero level; all figures: docs/audit.md", as_json)
     _say(f"pictures: {run / 'audit.png'}", as_json)
+
+
+@app.command()
+def compare(
+    run: RunFolder,
+    profile: Annotated[
+        str, typer.Option(help="quick, or full: all methods, and all metrics of the run alone.")
+    ] = "quick",
+    methods: Annotated[str | None, typer.Option(help="Others than those of the profile, with commas.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Others than those of the profile, with commas.")] = None,
+    samples: Annotated[int, typer.Option(help="Test images, drawn at random.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the images, masks and noise.")] = 0,
+    score: Annotated[str, typer.Option(help="What is explained: margin or logit.")] = "margin",
+    data_dir: MovedData = None,
+    accept_edits: AcceptEdits = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare explanation methods on the networks of a run: compare.json, compare.csv and two pictures."""
+    from otnn.run.compare import choose, compare_run
+    from otnn.run.folder import open_run
+    from otnn.run.train import choose_device, dataset_of
+
+    choice: dict[str, Any] = {"profile": profile, "methods": _listed(methods), "metrics": _listed(metrics)}
+    choose(**choice)
+    place = choose_device(device)
+    opened = open_run(run, accept_edits=accept_edits)
+    dataset = dataset_of(opened, data_dir)
+    content = compare_run(opened, dataset=dataset, samples=samples, seed=seed, score=score, device=place, **choice)
+    _print(content, as_json, *compare_tables(content))
+    for sentence in content["verdict"]:
+        _say(sentence, as_json)
+    _say(f"pictures: {run / 'compare.png'}, {run / 'compare-pareto.png'}", as_json)
 
 
 @app.command()
@@ -250,6 +283,7 @@ def demo(
     overrides: Overrides = None,
     seed: Seed = None,
     no_twin: NoTwin = False,
+    adversarial: Adversarial = None,
     device: Device = "auto",
     force: Force = False,
     as_json: AsJson = False,
@@ -257,7 +291,9 @@ def demo(
     """Train, certify, explain, audit and report in one go; on the embedded digits by default."""
     from otnn.run.demo import free_folder, run_all
 
-    settings = _settings(preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin)
+    settings = _settings(
+        preset, config, overrides, data, data_dir, classes, target, size, skip_broken, seed, no_twin, adversarial
+    )
     folder = out if out is not None else free_folder(Path("otnn-demo"))
     run = run_all(settings, folder, force=force, device=device)
     results = run.results()
@@ -294,6 +330,7 @@ def _settings(
     skip_broken: bool,
     seed: int | None,
     no_twin: bool,
+    adversarial: float | None,
 ) -> "Config":
     """The configuration that the options of `train` and `demo` ask for."""
     from otnn.run.config import load
@@ -301,14 +338,20 @@ def _settings(
     options = {
         "data.name": data,
         "data.data_dir": None if data_dir is None else str(data_dir),
-        "data.classes": None if classes is None else [name.strip() for name in classes.split(",")],
+        "data.classes": _listed(classes),
         "data.target": target,
         "data.size": size,
         "data.skip_broken": skip_broken or None,
         "seed": seed,
         "twin": False if no_twin else None,
+        "training.adversarial": adversarial,
     }
     return load(preset, file, options, overrides or [])
+
+
+def _listed(names: str | None) -> list[str] | None:
+    """The names of a list with commas."""
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def _print(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:

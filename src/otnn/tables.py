@@ -1,15 +1,21 @@
 """Tables that the command line prints: the figures of a run, side by side."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+# Metrics in one table of a comparison
+_COLUMNS = 4
 
 
 def networks_table(results: dict[str, Any]) -> Table:
     """Both networks side by side."""
     data = results["data"]
     table = Table("test split", title=f"{data['name']}: {data['test']} test images, {len(data['classes'])} classes")
-    names = [name for name in ("otnn", "unconstrained") if name in results]
+    names = [name for name in ("otnn", "unconstrained", "adversarial") if name in results]
     for name in names:
         table.add_column("OTNN" if name == "otnn" else name, justify="right")
     for label, key, form in (
@@ -64,3 +70,86 @@ def snowflakes_table(content: dict[str, Any]) -> Table:
         told = ["-" if value is None else bar.form.format(value) for value in cells]
         table.add_row(bar.name, told[0], f"{'<=' if bar.below else '>='} {bar.form.format(bar.value)}", *told[1:])
     return table
+
+
+def explained_table(rows: list[dict[str, Any]]) -> Table:
+    """The user's images with what was found of each."""
+    table = Table("image", "prediction", "certified radius", "towards", "tightness", "flips")
+    for row in rows:
+        tightness = row["status"] if row["tightness"] is None else f"{row['tightness']:.3f}"
+        flips = "yes" if row["flipped"] else "no"
+        name = Path(row["file"]).name
+        table.add_row(name, row["prediction"], f"{row['radius']:.4f}", row["target"], tightness, flips)
+    return table
+
+
+def compare_tables(content: dict[str, Any]) -> list[Table]:
+    """Networks and methods against metrics: some metrics a table, the best of each network in bold."""
+    cells = {(cell["network"], cell["method"], cell["metric"]): cell for cell in content["cells"]}
+    names = [column["name"] for column in content["columns"] if column["metric"] != "explanation_distance"]
+    parts = [names[k : k + _COLUMNS] for k in range(0, len(names), _COLUMNS)]
+    tables = [_cost_table(content)]
+    for part in parts:
+        table = Table("", title=f"{content['samples']} test images, bold: best of its network, 95 % intervals")
+        for name in part:
+            arrow = _arrow(cell for cell in content["cells"] if cell["metric"] == name)
+            table.add_column(Text(f"{name.replace('_', ' ')} {arrow}".rstrip()), justify="right")
+        for network in content["networks"]:
+            table.add_section()
+            table.add_row("OTNN" if network == "otnn" else network)
+            for method in content["methods"]:
+                shown = [_cell(cells[network, method, name]) for name in part]
+                table.add_row(f"  {method.replace('_', ' ')}", *shown)
+        tables.append(table)
+    distances = [cell for cell in content["cells"] if cell["metric"].startswith("distance_")]
+    if distances:
+        table = Table("", title="distance between the maps of Saliency and SmoothGrad on one network")
+        columns = list(dict.fromkeys(cell["metric"] for cell in distances))
+        for name in columns:
+            table.add_column(f"{name.replace('_', ' ')} ↓", justify="right")
+        for network in content["networks"]:
+            own = [cell for cell in distances if cell["network"] == network]
+            table.add_row("OTNN" if network == "otnn" else network, *(_cell(cell) for cell in own))
+        tables.append(table)
+    return tables
+
+
+def _cost_table(content: dict[str, Any]) -> Table:
+    """What a map costs, and how good the methods are over all metrics."""
+    table = Table("", title="cost of a map, and mean rank over the metrics that tell networks apart (1 is best)")
+    for name in ("forwards", "backwards", "seconds for all", "mean rank ↓"):
+        table.add_column(name, justify="right")
+    rank = {(point["network"], point["method"]): point["mean_rank"] for point in content["quality"]}
+    best = min(rank.values(), default=None)
+    for network in content["networks"]:
+        table.add_section()
+        table.add_row("OTNN" if network == "otnn" else network)
+        for entry in (entry for entry in content["maps"] if entry["network"] == network):
+            name = f"  {entry['method'].replace('_', ' ')}"
+            if entry["reason"] is not None:
+                table.add_row(name, *["not applicable"] * 3, "-")
+                continue
+            own = rank.get((network, entry["method"]))
+            shown = Text("-" if own is None else f"{own:.2f}", style="bold" if own == best else "")
+            passes = (f"{entry[key]:,}" for key in ("forwards", "backwards"))
+            table.add_row(name, *passes, f"{entry['seconds']:.2f}", shown)
+    return table
+
+
+def _cell(cell: dict[str, Any]) -> Text:
+    """Mean over interval, and how many samples were undefined."""
+    if cell["reason"] is not None:
+        return Text("not applicable", style="dim")
+    if cell["mean"] is None:
+        return Text("undefined", style="dim")
+    low, high = cell["interval"]
+    text = Text(f"{cell['mean']:.4g}", style="bold" if cell["best"] else "")
+    if low is not None:
+        text.append(f"\n{low:.3g} .. {high:.3g}", style="not bold")
+    if cell["undefined"]:
+        text.append(f"\n{cell['undefined']} undefined", style="not bold")
+    return text
+
+
+def _arrow(cells: Iterable[dict[str, Any]]) -> str:
+    return next(({"up": "↑", "down": "↓"}[cell["direction"]] for cell in cells if cell["reason"] is None), "")

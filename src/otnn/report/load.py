@@ -68,6 +68,8 @@ class RunFiles:
         config: config.toml; empty where there is none.
         audit: audit.json; None where the run was not audited.
         partners: the arrays of audit.npz; empty likewise.
+        compare: compare.json; None where no explanations were compared.
+        compare_pictures: the bytes of its pictures by name; empty likewise.
     """
 
     name: str
@@ -78,6 +80,8 @@ class RunFiles:
     config: dict[str, Any]
     audit: dict[str, Any] | None = None
     partners: Arrays = field(default_factory=dict)
+    compare: dict[str, Any] | None = None
+    compare_pictures: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -111,7 +115,7 @@ def load_run(run: Path) -> RunFiles:
         )
     explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
     told = (results, certificates, explanations, _metrics(run), _config(run))
-    return RunFiles(run.resolve().name, *told, *_audit(run, results))
+    return RunFiles(run.resolve().name, *told, *_audit(run, results), *_compare(run))
 
 
 def _results(run: Path) -> dict[str, Any]:
@@ -247,6 +251,22 @@ def _audit(run: Path, results: dict[str, Any]) -> tuple[dict[str, Any] | None, A
     partners = _arrays(run, "audit.npz", _PARTNERS, "audit")
     _check_classes(run / "audit.npz", results, partners, ("label", "partner_label"), "audit")
     return audit, partners
+
+
+def _compare(run: Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
+    """Read compare.json and its pictures, where explanations were compared."""
+    pictures = [run / "compare.png", run / "compare-pareto.png"]
+    file = run / "compare.json"
+    missing = [path for path in (file, *pictures) if not path.exists()]
+    if len(missing) == 3:
+        return None, {}
+    mend = f"make it with `otnn compare {run}`"
+    if missing:
+        raise InputError(f"{missing[0]}: no such file; {mend}")
+    compare = read_json(file)
+    if compare.get("format") != 1:
+        raise InputError(f"{file}: expected format 1, got {compare.get('format')}; {mend}")
+    return compare, {path.name: path.read_bytes() for path in pictures}
 
 
 def _check_radii(file: Path, arrays: Arrays, command: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from otnn.report import words
 from otnn.report.audit import audit_section
 from otnn.report.charts import Chart, chart, headroom
+from otnn.report.compare import compare_section
 from otnn.report.figures import DIVERGING
 from otnn.report.gallery import make_cards
 from otnn.report.load import RunFiles, certified_share, numbers
@@ -80,6 +81,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "groups": radius_groups(files),
         "training": training_charts(files),
         "audit": audit_section(files),
+        "compare": compare_section(files),
         "settings": settings(files.config),
     }
 

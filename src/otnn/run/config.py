@@ -104,6 +104,8 @@ class TrainingConfig:
         flip: mirror images at random.
         shift: move images by up to so many pixels at random.
         radius: the L2 radius of the certified accuracy that is shown during training.
+        adversarial: the L2 radius of the attacks that a third network, an ordinary one, is trained on; none without it.
+        attack_steps: steps of each of these attacks.
     """
 
     epochs: int = 15
@@ -114,6 +116,8 @@ class TrainingConfig:
     flip: bool = False
     shift: int = 0
     radius: float = 0.25
+    adversarial: float | None = None
+    attack_steps: int = 7
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ class Config:
             raise InputError(f"seed: expected a whole number in 0..2**63-1, got {self.seed}")
         if not 0 <= training.radius < math.inf:
             raise InputError(f"training.radius: expected a finite number >= 0, got {training.radius}")
+        if training.adversarial is not None and not 0 < training.adversarial < math.inf:
+            raise InputError(f"training.adversarial: expected an L2 radius > 0, got {training.adversarial}")
+        if training.attack_steps < 1:
+            raise InputError(f"training.attack_steps: expected at least 1, got {training.attack_steps}")
         if training.shift < 0:
             raise InputError(f"training.shift: expected a number of pixels >= 0, got {training.shift}")
         if training.batch_size < 2:

@@ -66,6 +66,7 @@ def fit(
     learning_rate: float,
     constrained: bool,
     seed: int,
+    radius: float | None = None,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
 ) -> None:
@@ -79,7 +80,8 @@ def fit(
         config: epochs, batch size and so on.
         learning_rate: the peak of the schedule.
         constrained: whether the network is an OTNN, whose certified accuracy is measured.
-        seed: of the batches and the augmentation.
+        seed: of the batches, the augmentation and the attacks.
+        radius: the L2 radius of attacks on each batch, on which the network is trained in place of the images.
         on_step: called with (step, steps, loss).
         on_epoch: called with the metrics of each epoch.
 
@@ -111,8 +113,11 @@ def fit(
             images = augment(train.images[index], config, generator)
             share = _share_of_process(len(index))
             images = images[share].to(device).contiguous(memory_format=memory_format)
+            labels = train.labels[index][share].to(device)
+            if radius is not None:
+                images = attacked(model, loss, images, labels, radius, config.attack_steps, generator)
             optimizer.zero_grad()
-            value = parallel(images, train.labels[index][share].to(device))
+            value = parallel(images, labels)
             number = float(value.detach())
             try:
                 _check_loss(number, model, images)
@@ -135,6 +140,46 @@ def scores_of(model: Classifier, images: Tensor, batch_size: int = 1024) -> Tens
     """All class scores of images, on the CPU, by batches."""
     device = model.head.weight.device
     return torch.cat([model(batch.to(device)).cpu() for batch in images.split(batch_size)])
+
+
+def attacked(
+    model: Classifier,
+    loss: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    radius: float,
+    steps: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Images within an L2 radius of a batch, in [0, 1], that raise its loss: projected gradient ascent (Madry 2018).
+
+    It starts at a random point of the ball and takes steps of 2.5 radius / steps along the gradient of each image. The
+    network is in `eval()` mode meanwhile, so that the attacks do not enter its running statistics.
+    """
+    model.eval()
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    length = torch.rand(len(images), generator=generator).to(images) ** (1 / images[0].numel())
+    moved = _within(images, images + _unit(noise) * (radius * length).view(-1, 1, 1, 1), radius)
+    for _ in range(steps):
+        moved.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(model(moved), labels), moved)
+        moved = _within(images, moved.detach() + 2.5 * radius / steps * _unit(gradient), radius)
+    model.train()
+    return moved
+
+
+def _within(images: Tensor, moved: Tensor, radius: float) -> Tensor:
+    """Points brought back into the ball around each image, and then into [0, 1], which keeps them in the ball."""
+    way = moved - images
+    length = torch.linalg.vector_norm(way.flatten(1), dim=1).view(-1, 1, 1, 1)
+    inside: Tensor = images + way * (radius / length.clamp(min=radius))
+    return inside.clamp(0, 1)
+
+
+def _unit(directions: Tensor) -> Tensor:
+    """Each direction divided by its L2 norm; 0 stays 0."""
+    length = torch.linalg.vector_norm(directions.flatten(1), dim=1).view(-1, 1, 1, 1)
+    return directions / torch.where(length > 0, length, 1.0)
 
 
 def augment(images: Tensor, config: TrainingConfig, generator: torch.Generator) -> Tensor:

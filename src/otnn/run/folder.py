@@ -1,7 +1,7 @@
 """A run folder: made whole or not at all, checked when it is opened.
 
     config.toml  manifest.json  metrics.jsonl  results.json  certificates.csv  certificates.npz  explanations.npz
-    report.html  networks/otnn.safetensors  networks/unconstrained.safetensors
+    report.html  networks/otnn.safetensors  networks/unconstrained.safetensors  networks/adversarial.safetensors
 
 `manifest.json` is written last: a folder without it is half-written.
 """
@@ -56,6 +56,12 @@ class Run:
     def has_twin(self) -> bool:
         """Whether the unconstrained twin was trained."""
         return TWIN in self.manifest["files"]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the networks that were trained: otnn, and unconstrained and adversarial where they are."""
+        names = ("otnn", "unconstrained", "adversarial")
+        return tuple(name for name in names if f"networks/{name}.safetensors" in self.manifest["files"])
 
     def network(self, name: str, device: str | torch.device = "cpu") -> Classifier:
         """Load a network in `eval()` mode; `open_run` has verified its checksum and its bounds.

@@ -21,6 +21,7 @@ if sys.platform != "win32":
 FORMAT = 2
 MANIFEST = "manifest.json"
 OTNN, TWIN = "networks/otnn.safetensors", "networks/unconstrained.safetensors"
+ADVERSARIAL = "networks/adversarial.safetensors"
 # What every training leaves; nothing but training makes it again.
 TRAINED = frozenset({"config.toml", "metrics.jsonl", "results.json", OTNN})
 # What a command makes again.
@@ -31,6 +32,10 @@ DERIVED = {
     "audit.json": "audit",
     "audit.npz": "audit",
     "audit.png": "audit",
+    "compare.json": "compare",
+    "compare.csv": "compare",
+    "compare.png": "compare",
+    "compare-pareto.png": "compare",
     "report.html": "report",
     "otnn.onnx": "export",
 }
@@ -90,7 +95,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
         and {"architecture", "classes", "input_shape", "widths"} <= set(model)
         and isinstance(files, dict)
         and set(files) >= TRAINED
-        and set(files) <= TRAINED | {TWIN} | set(DERIVED)
+        and set(files) <= TRAINED | {TWIN, ADVERSARIAL} | set(DERIVED)
         and isinstance(manifest.get("config"), dict)
         and {"data", "bounds"} <= set(manifest)
     )

@@ -94,6 +94,35 @@ def counting(message: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: shown.update(Text(f"{message}: {text}"))
 
 
+@contextmanager
+def tasks_bar(name: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over tasks of known number: call what is yielded with the name of each before it starts."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[now]}", markup=False),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=total, now="")
+        begun = 0
+
+        def begin(now: str) -> None:
+            nonlocal begun
+            progress.update(task, completed=begun, now=now)
+            begun += 1
+            if not console.is_terminal:
+                console.print(f"{begun}/{total} {now}", soft_wrap=True)
+
+        yield begin
+        progress.update(task, completed=total, now="")
+
+
+def tell(message: str) -> None:
+    """Say something before a stage starts."""
+    console.print(message, soft_wrap=True)
+
+
 def name_skipped(names: Sequence[str]) -> None:
     """Name the broken images that were left out."""
     if names:

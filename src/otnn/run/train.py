@@ -32,7 +32,7 @@ _UNBALANCED = 1.5
 
 
 def train(config: Config, out: Path, *, force: bool = False, device: str = "auto", quiet: bool = False) -> Run:
-    """Train the OTNN and its unconstrained twin, and leave a run folder.
+    """Train the OTNN, its unconstrained twin and, where asked for, an adversarially trained one, into a run folder.
 
     Under `torchrun` all processes train together and the first one writes.
 
@@ -67,7 +67,7 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             "seed": config.seed,
             "seconds": {},
         }
-        for name in ("otnn", "unconstrained") if config.twin else ("otnn",):
+        for name in names_of(config):
             constrained = name == "otnn"
             torch.manual_seed(config.seed)
             model = build(
@@ -100,6 +100,16 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
         (folder / "networks").mkdir(exist_ok=True)
         save_run(folder, resolved(config, widths), model_description, fingerprint(dataset), networks, results)
     return open_run(out)
+
+
+def names_of(config: Config) -> list[str]:
+    """The networks that a configuration asks for."""
+    names = ["otnn"]
+    if config.twin:
+        names.append("unconstrained")
+    if config.training.adversarial is not None:
+        names.append("adversarial")
+    return names
 
 
 def resolved(config: Config, widths: Sequence[int]) -> Config:
@@ -144,6 +154,7 @@ def train_network(
             learning_rate=rate,
             constrained=name == "otnn",
             seed=config.seed,
+            radius=config.training.adversarial if name == "adversarial" else None,
             on_step=bar.on_step,
             on_epoch=on_epoch,
         )
