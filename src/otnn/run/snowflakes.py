@@ -84,7 +84,7 @@ class Recipe:
 
     width: int = 32
     depth: int = 15
-    steps: int = 3500
+    steps: int = 3000
     learning_rate: float = 0.3
     bias_share: float = 0.2
     twin_depth: int = 4
@@ -113,6 +113,10 @@ def run_snowflakes(
     for name in (PICTURE, FIGURES):
         if (out / name).exists() and not force:
             raise InputError(f"{out / name}: exists already; choose another --out, or overwrite it with --force")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
     recipe = recipe or Recipe()
     data = snowflakes(count)
     x, z = data.images[data.labels == 1], data.images[data.labels == 0]
@@ -152,10 +156,6 @@ def run_snowflakes(
         levels = functions | {"optimum": solution.potential}
         panels = [Panel(titles[name], *_grid(levels[name]), *_segments(functions[name], data)) for name in functions]
         picture = levels_picture(data.images.numpy(), data.labels.numpy(), panels)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
     write_whole(out / PICTURE, picture)
     write_whole(out / FIGURES, json_bytes(content))
     return content
