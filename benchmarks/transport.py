@@ -192,7 +192,7 @@ def growth(n: int, dims: int, seed: int, rounds: int) -> Json:
         "ratio to ot.emd": {name: _spread(_ratios(seconds[name], seconds[EMD])) for name in (PLAIN, LEARNED)},
         LEARNED: facts,
         "peak bytes": memory[0],
-        "estimated bytes": required_memory(n, n),
+        "estimated bytes": required_memory(n, n, x.shape[1]),
     }
 
 

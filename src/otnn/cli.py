@@ -173,7 +173,7 @@ def audit(
     samples: Annotated[
         int, typer.Option(help="Samples of each side of a problem, at most; 0 takes all. More need more time.", min=0)
     ] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the samples that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples that are drawn.", min=0, max=2**63 - 1)] = 0,
     data_dir: MovedData = None,
     accept_edits: AcceptEdits = False,
     device: Device = "auto",
@@ -304,7 +304,7 @@ def demo(
 @app.command()
 def snowflakes(
     out: Annotated[Path, typer.Option(help="Folder of the picture and its figures.", metavar="DIR")] = Path("."),
-    seed: Annotated[int, typer.Option(help="Seed of the networks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the networks.", min=0, max=2**63 - 1)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:

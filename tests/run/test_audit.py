@@ -43,7 +43,8 @@ def test_the_stage_writes_what_the_function_finds(binary: Path) -> None:
         assert told["gap"] == pytest.approx(found.measures.gap, rel=1e-9)
         assert told["name"] == "8 against 0"
         assert told["parts"]["transport"] == pytest.approx(found.measures.parts.transport, rel=1e-9)
-        assert told["hypotheses"]["hold"] == found.hypotheses.hold
+        assert told["hypotheses"]["optimum_separates"] == found.hypotheses.optimum_separates
+        assert (told["bracket"] is None) == (name == "train")
         assert run.results()["audit"][name]["gap"] == told["gap"]
     assert (content["samples"], content["seed"], content["splits"]["train"][0]["positives"]) == (40, 3, 40)
     assert content["verdict"][0].startswith("On the training samples")
@@ -94,6 +95,14 @@ def test_an_interrupted_audit_leaves_the_run_as_it_was(run: Run, monkeypatch: py
     assert {file: file.read_bytes() for file in sorted(run.path.rglob("*")) if file.is_file()} == before
 
 
+def test_an_edited_configuration_does_not_change_the_loss(run: Run) -> None:
+    file = run.path / "config.toml"
+    file.write_text(file.read_text().replace("hinge_weight = 20.0", "hinge_weight = 1.0"))
+    edited = open_run(run.path, accept_edits=True)
+    assert edited.config.loss.hinge_weight == 1.0
+    assert loss_of(edited, dataset_of(edited)).hinge_weight == 20.0
+
+
 def test_a_learned_margin_comes_back_with_the_loss(tmp_path: Path) -> None:
     settings = config.load(overrides=(*BINARY, "loss.alpha=0.2", "training.epochs=8"))
     run = train(settings, tmp_path / "run", quiet=True)
@@ -101,6 +110,9 @@ def test_a_learned_margin_comes_back_with_the_loss(tmp_path: Path) -> None:
     assert float(loss.margin.detach()) == run.results()["otnn"]["margin"] != 0.1  # .1 is where training starts
     content = audit_run(run, samples=30)
     assert content["splits"]["train"][0]["alpha"] == 0.2
+    told = content["splits"]["train"][0]
+    assert told["margin"] == pytest.approx(float(loss.margin.detach()), rel=1e-5)
+    assert told["optimal_margin"] != told["margin"]
 
 
 def test_the_report_shows_the_audit_and_does_without_it(run: Run) -> None:
@@ -115,7 +127,8 @@ def test_the_report_shows_the_audit_and_does_without_it(run: Run) -> None:
     assert 'id="audit"' in page
     assert all(entry["name"] in page for entry in content["splits"]["train"])
     assert "measured by itself, which describes the network" in page  # soft hKR
-    assert page.count("gradient step to the boundary") == 8
+    assert page.count("one gradient step: from") == 8
+    assert "Potential “" in page
 
 
 def test_a_damaged_audit_is_refused_by_the_report(run: Run) -> None:

@@ -11,7 +11,9 @@ from otnn.data import Split
 from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.losses import (
+    HingeLoss,
     HKRLoss,
+    KRLoss,
     Loss,
     OneVsAllHKRLoss,
     SoftHKRLoss,
@@ -24,7 +26,8 @@ from otnn.models import Classifier, build
 from otnn.nn import UnitNormLinear
 from otnn.run.config import TrainingConfig
 from otnn.run.fit import fit
-from otnn.transport import Audit, audit
+from otnn.transport import Audit, TransportProblem, audit, measure, solve
+from otnn.transport.audit import hypotheses
 from otnn.transport.verdict import verdict
 
 
@@ -111,7 +114,7 @@ def test_one_vs_all_potentials_sum_to_the_loss() -> None:
     assert sum(entry.measures.loss for entry in found.potentials) == pytest.approx(float(expected), rel=1e-6)
     assert [entry.name for entry in found.potentials] == [f"{k} against the others" for k in "012"]
     assert found.exact
-    assert all((len(entry.problem.x), len(entry.problem.z)) == (30, 60) for entry in found.potentials)
+    assert all(entry.problem.sizes == (30, 60, 64) for entry in found.potentials)
 
 
 def test_the_pair_of_a_soft_loss_on_two_classes_is_that_loss() -> None:
@@ -161,7 +164,8 @@ def test_the_exact_linear_network_has_no_gap_and_its_mirror_has_a_gap_of_2() -> 
             gap = (0.5 + 2 * 0.35 + 0.5) / 0.5
         assert entry.measures.gap == pytest.approx(gap, abs=1e-5)
     assert entry.hypotheses.distance == pytest.approx(0.5)
-    assert entry.hypotheses.hold
+    assert entry.hypotheses.hinge_can_vanish
+    assert entry.hypotheses.optimum_separates
     assert entry.measures.right == 0
 
 
@@ -178,21 +182,21 @@ def test_training_closes_the_gap() -> None:
     # .105 in a trial: clouds in 64 dimensions, far apart, are near a translation, which the network finds; the rest is
     # the noise of the samples, to which the plan is fitted
     assert 0 <= after.measures.gap < 0.15 < before.measures.gap
-    assert after.hypotheses.hold
+    assert after.hypotheses.optimum_separates
 
 
 def test_samples_are_drawn_from_each_side_and_repeat() -> None:
     data = points(each=50)
     model, loss = network(), HKRLoss(margin=0.3, hinge_weight=5.0)
     first, again, other = (audit(model, data, loss, samples=20, seed=seed).potentials[0] for seed in (1, 1, 2))
-    assert len(first.problem.x) == len(first.problem.z) == 20
+    assert first.problem.sizes == (20, 20, 64)
     assert len(set(first.indices[0].tolist())) == 20
     assert first.measures == again.measures
     pair = audit(model, (data.images, data.labels), loss, samples=20, seed=1).potentials[0]
     assert first.measures == pair.measures
     assert first.measures != other.measures
     everything = audit(model, data, loss, samples=None).potentials[0]
-    assert len(everything.problem.x) == 50
+    assert everything.problem.sizes == (50, 50, 64)
 
 
 def test_the_bracket_holds_on_laws_whose_distance_is_known() -> None:
@@ -226,7 +230,10 @@ def test_the_state_and_the_type_of_the_model_stay() -> None:
     [
         (lambda m, d: (m.train(), d), "training mode"),
         (lambda m, d: (m, Split(d.images, d.labels.float())), "labels: expected integers"),
-        (lambda m, d: (m, Split(d.images, torch.zeros_like(d.labels))), "found none of the positive one"),
+        (
+            lambda m, d: (m, Split(d.images, torch.zeros_like(d.labels))),
+            "1 against 0: found no sample of class 1; give data",
+        ),
         (lambda m, d: (m, Split(d.images[:, :, :4], d.labels)), "expected images of shape"),
         (lambda m, d: (m, Split(d.images * torch.nan, d.labels)), "NaN"),
         (lambda m, d: (m, Split(d.images[:0], d.labels[:0])), "empty batch"),
@@ -244,13 +251,20 @@ def test_losses_and_settings_that_do_not_fit_are_refused() -> None:
         audit(network(), data, OneVsAllHKRLoss(priors, margin=0.1, hinge_weight=1.0))
     with pytest.raises(InputError, match="HKRLoss does not train a network of 3 outputs"):
         audit(network(3), points(3), HKRLoss(margin=0.1, hinge_weight=1.0))
-    with pytest.raises(InputError, match="samples: expected a number >= 1"):
-        audit(network(), data, samples=0)
+    for samples in (0, 2.5):
+        with pytest.raises(InputError, match="samples: expected a whole number >= 1"):
+            audit(network(), data, samples=samples)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"loss: expected one of HKRLoss, .*, got HingeLoss"):
+        audit(network(), data, HingeLoss())
+    with pytest.raises(InputError, match="expected priors of 3 classes, got 4"):
+        audit(network(3), points(3), SoftHKRLoss(torch.full((4,), 0.25), margin=0.1, hinge_weight=1.0))
+    with pytest.raises(InputError, match="expected a Classifier, which names body and head, got Linear"):
+        audit(nn.Linear(2, 1).eval(), data)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"expected a split such as dataset\.train, or \(samples, labels\), got str"):
         audit(network(), "digits")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="classes: expected 2 names, got 1"):
         audit(network(), data, classes=("one",))
-    with pytest.raises(InputError, match=r"30 x 30 samples need 0\.2.* GB, the budget is 0\.001 GB"):
+    with pytest.raises(InputError, match=r"30 x 30 samples of 64 values need 0\.2.* GB, the budget is 0\.001 GB"):
         audit(network(), data, memory_budget=1e6)
     labels = Classifier(nn.Sequential(nn.Flatten()), UnitNormLinear(64, 2), (1, 8, 8), multilabel=True).eval()
     with pytest.raises(InputError, match="decides labels one by one"):
@@ -263,20 +277,85 @@ def test_the_verdict_says_what_the_figures_say() -> None:
     model = flat(torch.tensor([[1.0, 0.0]]), torch.tensor([-0.25]), 1)
     near = audit(model, data, HKRLoss(margin=0.1, hinge_weight=2.0))
     told = " ".join(verdict(near, near))
-    assert "0.0% of W1 short of the exact optimum of its own loss: it follows the transport plan closely" in told
+    assert "0.0% of W1 short of the exact optimum of its own loss." in told
+    assert "It follows the transport plan closely: it tells partners apart by 100% of their distance" in told
     assert "points 0 degrees away" in told
     assert "has 100% of the norm" in told
     assert "Proposition 2 holds for it" in told
+    assert "cannot vanish" not in told
+    assert "constant" not in told
     assert "On the held-out samples" in told
     turned = flat(torch.tensor([[0.6, 0.8]]), torch.tensor([-0.25]), 1)
     far = audit(turned, data, HKRLoss(margin=0.4, hinge_weight=2.0))
     told = " ".join(verdict(far))
-    assert "in part only" in told
+    assert "in part only: it tells partners apart by 60% of their distance" in told
     assert "points 53 degrees away" in told
-    assert "the margin exceeds half that distance" in told
-    assert "Proposition 2 does not hold here" in told
+    # the margin leaves samples inside it, and the optimum separates all the same
+    assert (
+        "the margin of the optimum is 0.4, more than half of that, so that the hinge cannot vanish; the optimum" in told
+    )
     assert "held-out" not in told
+    mirrored = audit(
+        flat(torch.tensor([[-1.0, 0.0]]), torch.tensor([0.25]), 1), data, HKRLoss(margin=0.1, hinge_weight=2.0)
+    )
+    told = " ".join(verdict(mirrored))
+    assert "no less than a constant score would" in told
+    assert "hardly at all" in told
     several = audit(network(3), points(3), OneVsAllHKRLoss(torch.full((3,), 1 / 3), margin=0.1, hinge_weight=1.0))
     assert "in the median of 3, and" in verdict(several)[0]
     same = audit(model, Split(torch.cat([z, z]), data.labels), HKRLoss(margin=0.1, hinge_weight=2.0))
-    assert "there is nothing to transport" in verdict(same)[0]
+    told = " ".join(verdict(same))
+    assert "there is nothing to transport" in told
+    assert "20 pairs of the plan are the same point in both classes" in told
+
+
+def test_a_learned_margin_at_half_the_distance_lets_the_hinge_vanish() -> None:
+    # m* is half the distance up to rounding, which must not decide
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(6, 2, generator=generator) + torch.tensor([4.0, 0.0])
+        z = torch.randn(6, 2, generator=generator)
+        solution = solve(TransportProblem(x, z, alpha=0.02, hinge_weight=50.0))
+        facts = hypotheses(solution)
+        assert facts.margin == pytest.approx(facts.distance / 2, rel=1e-9)
+        assert facts.hinge_can_vanish
+
+
+def test_plain_problems_have_no_zero_level() -> None:
+    model = network()
+    (entry,) = audit(model, points(), None).potentials
+    assert entry.hypotheses is None
+    assert entry.margin is None
+    found = entry.measures
+    assert (found.right, found.reached, found.beyond_x, found.beyond_z) == (None,) * 4
+    assert not any("Proposition" in sentence for sentence in verdict(Audit((entry,))))
+    (exact,) = audit(model, points(), KRLoss()).potentials
+    assert exact.exact
+    assert exact.measures.gap == entry.measures.gap
+
+
+@pytest.mark.parametrize("form", [{"kr_form": "one_vs_all"}, {"hinge_form": "separate"}])
+def test_other_forms_of_the_soft_loss_are_measured_against_plain_transport(form: dict[str, str]) -> None:
+    loss = SoftHKRLoss(torch.full((3,), 1 / 3), margin=0.1, hinge_weight=6.0, **form)
+    _, found = audited(points(3), 3, loss)
+    assert all(entry.problem.hinge_weight == 0 for entry in found.potentials)
+
+
+def test_a_split_sample_is_measured_beside_what_the_optimum_can_do() -> None:
+    # few positives serve many negatives: one gradient, several directions
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(10, 5, generator=generator) + 1, torch.randn(80, 5, generator=generator)
+    solution = solve(TransportProblem(x, z, hinge_weight=5.0, margin=0.3))
+    found = measure(lambda points: points.sum(dim=1) / 5**0.5, solution, 1.0)
+    assert found.optimal_cosine_x is not None
+    assert found.optimal_cosine_z is not None
+    assert found.optimal_cosine_x.median < 0.95 < 1 - 1e-9 < found.optimal_cosine_z.quantiles[3]
+
+
+def test_samples_of_one_class_are_held_once() -> None:
+    loss = SoftHKRLoss(torch.full((4,), 0.25), margin=0.1, hinge_weight=6.0)
+    _, found = audited(points(4, each=12), 4, loss)
+    held = {entry.problem._x.data_ptr() for entry in found.potentials} | {
+        entry.problem._z.data_ptr() for entry in found.potentials
+    }
+    assert len(held) == 4

@@ -24,8 +24,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"x": X.long()}, "x: expected floating-point values in [0, 1], got torch.int64; divide 8-bit images by 255 first"),
     ({"x": NAN}, "x: sample 1 holds NaN or infinite values; remove or repair it"),
     ({"z": torch.full((2, 2), math.inf)}, "z: sample 0 holds NaN or infinite values; remove or repair it"),
-    ({"z": torch.zeros(3, 5)}, "x and z: expected samples of one shape, got (2,) and (5,)"),
-    ({"z": torch.zeros(3, 2, 1)}, "x and z: expected samples of one shape, got (2,) and (2, 1)"),
+    ({"z": torch.zeros(3, 5)}, "x and z: expected samples of one shape, got (2,) and (5,); reshape one of them"),
+    ({"z": torch.zeros(3, 2, 1)}, "x and z: expected samples of one shape, got (2,) and (2, 1); reshape one of them"),
     # weights
     (
         {"sample_weight_x": torch.tensor([1.0, 0.0])},
@@ -54,6 +54,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"sample_weight_z": torch.ones(3, 1) / 3},
         "sample_weight_z: expected one weight per sample, shape (3,), got (3, 1)",
+    ),
+    (
+        {"sample_weight_x": torch.tensor([1.0, 1e-17], dtype=torch.float64)},
+        "sample_weight_x: expected weights of at least 1e-09 / 2, got 1e-17 at 1; leave such samples out",
+    ),
+    # ranges
+    (
+        {"x": X.double() * 1e200},
+        "x: expected values of a size between 1e-100 and 1e+100, got up to 1e+200; rescale all samples",
+    ),
+    (
+        {"z": Z.double() * 1e-170},
+        "z: expected values of a size between 1e-100 and 1e+100, got up to 5e-170; rescale all samples",
     ),
     # parameters
     ({"hinge_weight": None}, "expected hinge_weight, or alpha (the hinge weight then is 1/alpha), got neither"),
@@ -86,12 +99,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"hinge_weight": 1e9, "margin": 0.1},
         "hinge_weight = 1e+09 with prior = 0.4: expected hinge_weight times prior and times 1 - prior in "
-        "[1e-05, 100000], where rounding lets the dual be solved; for the plain problem take hinge_weight=0",
+        "[1e-05, 100000], where rounding lets the dual be solved; take a smaller hinge_weight, or 0 for the plain "
+        "problem",
     ),
     (
         {"hinge_weight": 1e-6, "margin": 0.1},
         "hinge_weight = 1e-06 with prior = 0.4: expected hinge_weight times prior and times 1 - prior in "
-        "[1e-05, 100000], where rounding lets the dual be solved; for the plain problem take hinge_weight=0",
+        "[1e-05, 100000], where rounding lets the dual be solved; take a smaller hinge_weight, or 0 for the plain "
+        "problem",
     ),
     ({"norm": 0.5}, "norm: expected 1, 2, inf or any p >= 1, got 0.5"),
     ({"norm": math.nan}, "norm: expected 1, 2, inf or any p >= 1, got nan"),

@@ -236,15 +236,33 @@ def test_too_large_a_problem_is_refused_before_anything_is_computed(monkeypatch:
 
     monkeypatch.setattr(solver, "distances", computed)
     problem = TransportProblem(torch.zeros(2000, 1), torch.zeros(1000, 1), hinge_weight=0.0)
-    needed = required_memory(2000, 1000)
+    needed = required_memory(2000, 1000, 1)
     assert needed > 8 * 2000 * 1000
-    text = r"memory: 2000 x 1000 samples need 0\.\d+ GB, the budget is 0\.001 GB; take fewer samples, or raise memory_b"
+    text = r"memory: 2000 x 1000 samples of 1 values need 0\.\d+ GB, the budget is 0\.001 GB; take fewer"
     with pytest.raises(InputError, match=text):
         solve(problem, memory_budget=1e6)
     with pytest.raises(InputError, match=f"need {needed / 1e9:.3g} GB"):
         solve(problem, memory_budget=needed - 1)
     with pytest.raises(AssertionError, match="distances were computed"):
         solve(problem, memory_budget=needed)
+
+
+def test_a_margin_beside_which_distances_vanish_is_refused() -> None:
+    x, z = torch.zeros(2, 1), torch.tensor([[8.0], [2.0]])
+    solve(TransportProblem(x, z, hinge_weight=1.0, margin=7e5))
+    with pytest.raises(InputError, match=r"margin = 900000: expected at most 100000 times the largest"):
+        solve(TransportProblem(x, z, hinge_weight=1.0, margin=9e5))
+
+
+def test_data_of_many_scales_take_few_rounds() -> None:
+    # pairs within the rounding of the multipliers would come in without end: 124 rounds before
+    generator = torch.Generator().manual_seed(0)
+    scale = 10 ** torch.linspace(-6, 6, 700).double().unsqueeze(1)
+    x, z = (torch.randn(700, 3, generator=generator).double() * scale for _ in range(2))
+    rounds: list[Round] = []
+    solution = solve(TransportProblem(x, z, hinge_weight=10.0, margin=1.0), on_round=rounds.append)
+    assert solution.gap <= 1e-9
+    assert len(rounds) <= 20
 
 
 def test_weights_say_how_often_a_sample_counts() -> None:

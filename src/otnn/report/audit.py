@@ -94,8 +94,8 @@ def _pair(files: RunFiles, k: int) -> Pair:
     captions = {
         "image": (f"“{own}”", f"A training picture of “{own}”."),
         "one_step": (
-            "gradient step to the boundary",
-            "The picture after one gradient step to where the network is undecided.",
+            f"one gradient step: from {one['potential']:+.2f} to {one['potential_after']:+.2f}",
+            "The picture after one step along the gradient, as long as the potential is high.",
         ),
         "same_length": (
             "along the gradient, as far as the partner",
@@ -103,9 +103,10 @@ def _pair(files: RunFiles, k: int) -> Pair:
         ),
         "partner": (f"partner: “{other}”", f"Its partner under the exact plan, a training picture of “{other}”."),
     }
+    cosine = f"has cosine {one['cosine']:.2f} with the way there" if one["distance"] > 0 else "has no way to go"
     text = (
-        f"The partner is {one['distance']:.2f} away and takes {one['share']:.0%} of what the plan carries from this "
-        f"picture; the gradient has cosine {one['cosine']:.2f} with the way there."
+        f"Potential “{one['name']}”. The partner is {one['distance']:.2f} away and takes {one['share']:.0%} of what "
+        f"the plan carries from this picture; the gradient {cosine}."
     )
     figures = [Figure(picture(one[name]), *told) for name, told in captions.items()]
     return Pair(f"“{own}” and “{other}”", text, figures)

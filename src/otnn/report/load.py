@@ -43,11 +43,14 @@ _PARTNERS = {
     "same_length": "nchw",
     "label": "n",
     "partner_label": "n",
+    "name": "n",
     "potential": "n",
+    "potential_after": "n",
     "distance": "n",
     "share": "n",
     "cosine": "n",
 }
+_TEXTS = ("status", "name")
 _RESULTS = {
     "data": ("name", "classes", "input_shape", "train", "validation", "test", "class_shares"),
     "otnn": ("accuracy", "balanced_accuracy", "recall", "parameters", "lipschitz_bound"),
@@ -182,9 +185,9 @@ def _arrays(run: Path, name: str, layout: dict[str, str], command: str) -> Array
     for key, axes in layout.items():
         if key not in arrays:
             raise InputError(f"{file}: the array {key} is missing; {mend}")
-        if arrays[key].dtype.kind not in ("U" if key == "status" else "fiub"):
+        if arrays[key].dtype.kind not in ("U" if key in _TEXTS else "fiub"):
             raise InputError(
-                f"{file}: {key}: expected {'text' if key == 'status' else 'numbers'}, got {arrays[key].dtype}; {mend}"
+                f"{file}: {key}: expected {'text' if key in _TEXTS else 'numbers'}, got {arrays[key].dtype}; {mend}"
             )
         shape = arrays[key].shape
         if len(shape) != len(axes) or any(sizes.setdefault(a, s) != s for a, s in zip(axes, shape, strict=True)):

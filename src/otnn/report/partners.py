@@ -9,7 +9,7 @@ from otnn.report.pictures import label, show_image
 # Array of audit.npz, and what stands over its column.
 COLUMNS = (
     ("image", "the image"),
-    ("one_step", "local: gradient step\nto the boundary"),
+    ("one_step", "local: one step\nx - f grad f"),
     ("same_length", "local: along the gradient,\nas far as the partner"),
     ("partner", "global: partner under\nthe exact plan"),
 )
@@ -18,7 +18,7 @@ COLUMNS = (
 def partners_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> bytes:
     """Draw the samples of audit.npz (docs/run-folder.md) in rows: image, local and global counterfactual.
 
-    At the optimum the last two columns are equal.
+    At the optimum the last two columns are equal where a sample has one partner.
 
     Args:
         arrays: image, one_step, same_length, partner and the figures of each sample.
@@ -40,8 +40,8 @@ def partners_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> bytes
         own, other = (label(classes[int(arrays[name][k])]) for name in ("label", "partner_label"))
         notes = {
             "image": f"{own}\nf = {arrays['potential'][k]:+.2f}",
-            "one_step": "",
-            "same_length": f"cosine {arrays['cosine'][k]:.2f}",
+            "one_step": f"{arrays['name'][k]}\nf = {arrays['potential_after'][k]:+.2f}",
+            "same_length": f"cosine {arrays['cosine'][k]:.2f}" if arrays["distance"][k] > 0 else "the same picture",
             "partner": f"{other}\n{arrays['distance'][k]:.2f} away, share {arrays['share'][k]:.0%}",
         }
         for column, (name, title) in enumerate(COLUMNS):

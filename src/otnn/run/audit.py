@@ -3,6 +3,7 @@
 import dataclasses
 import time
 import warnings
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from otnn.data import Dataset, Split
 from otnn.files import json_bytes, npz_bytes
 from otnn.losses import Loss
 from otnn.report.partners import partners_picture
+from otnn.run.config import Config, from_mapping
 from otnn.run.folder import Run
 from otnn.run.progress import counting
 from otnn.run.train import dataset_of, make_loss, versions
@@ -73,7 +75,10 @@ def audit_run(
         "seed": seed,
         "quantiles": list(QUANTILES),
         "versions": versions(),
-        "splits": {name: [figures(entry) for entry in found.potentials] for name, found in audits.items()},
+        "splits": {
+            name: [figures(entry, held_out=name == "test") for entry in found.potentials]
+            for name, found in audits.items()
+        },
         "verdict": verdict(audits["train"], audits["test"]),
     }
     files = {
@@ -86,23 +91,26 @@ def audit_run(
     return content
 
 
-def figures(entry: PotentialAudit) -> dict[str, Any]:
+def figures(entry: PotentialAudit, *, held_out: bool) -> dict[str, Any]:
     """One potential as audit.json tells of it."""
     problem = entry.problem
+    positives, negatives, _ = problem.sizes
     return {
         "name": entry.name,
         "exact": entry.exact,
-        "positives": len(problem.x),
-        "negatives": len(problem.z),
+        "positives": positives,
+        "negatives": negatives,
         "hinge_weight": problem.hinge_weight,
-        "margin": entry.solution.margin,
+        "margin": entry.margin,
+        "optimal_margin": entry.solution.margin,
         "alpha": problem.alpha,
         "prior": problem.prior,
         "lipschitz": entry.lipschitz,
         "solver_gap": entry.solution.gap,
         **dataclasses.asdict(entry.measures),
-        "hypotheses": dataclasses.asdict(entry.hypotheses) | {"hold": entry.hypotheses.hold},
-        "bracket": None if entry.bracket is None else dataclasses.asdict(entry.bracket),
+        "hypotheses": None if entry.hypotheses is None else dataclasses.asdict(entry.hypotheses),
+        # the lower end is one only for samples that the network has not seen
+        "bracket": dataclasses.asdict(entry.bracket) if held_out and entry.bracket is not None else None,
     }
 
 
@@ -110,7 +118,9 @@ def loss_of(run: Run, dataset: Dataset) -> Loss:
     """The loss that trained the OTNN of a run, with the margins that it learned."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of alpha: told when the run was trained
-        loss = make_loss(run.config.loss, dataset.shares)
+        # as trained, whatever was edited since
+        trained: Config = from_mapping(Config, run.manifest["config"])
+        loss = make_loss(trained.loss, dataset.shares)
     margin = getattr(loss, "margin", None)
     if isinstance(margin, nn.Parameter):
         with torch.no_grad():
@@ -142,19 +152,23 @@ def _partner(entry: PotentialAudit, data: Split, turn: int) -> dict[str, Any]:
     sample, partner = int(own_index[k]), int(other_index[other[best]])
     image, target = data.images[sample].double(), data.images[partner].double()
     value, gradient = values_and_gradients(entry.function, image.unsqueeze(0))
+    step = image - value[0] * gradient[0]
+    after, _ = values_and_gradients(entry.function, step.unsqueeze(0))
     norm, length = float(gradient.norm()), float((image - target).norm())
     unit = gradient[0] / norm if norm > 0 else gradient[0]
     way = (image - target) * (1.0 if positive else -1.0)
     return {
         "image": image.float().numpy(),
         "partner": target.float().numpy(),
-        "one_step": (image - value[0] * gradient[0]).float().numpy(),
+        "one_step": step.float().numpy(),
         "same_length": _moved(image, unit, length if positive else -length),
         "label": int(data.labels[sample]),
         "partner_label": int(data.labels[partner]),
         "index": sample,
         "partner_index": partner,
+        "name": entry.name,
         "potential": float(value[0]),
+        "potential_after": float(after[0]),
         "distance": length,
         "share": float(solution.mass[best] / solution.mass[pairs].sum()),
         "cosine": float((unit * way).sum() / length) if length > 0 else float("nan"),
@@ -167,5 +181,5 @@ def _moved(image: Tensor, unit: Tensor, length: float) -> Any:
 
 def _middle_gap(found: Audit) -> dict[str, Any]:
     """The median gap over the potentials, and the number of them."""
-    known = gaps(found)
-    return {"gap": known[len(known) // 2][0] if known else None, "exact": found.exact, "potentials": len(known)}
+    known = [gap for gap, _ in gaps(found)]
+    return {"gap": median(known) if known else None, "exact": found.exact, "potentials": len(known)}

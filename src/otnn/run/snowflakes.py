@@ -84,7 +84,7 @@ class Recipe:
 
     width: int = 32
     depth: int = 15
-    steps: int = 3500
+    steps: int = 4500
     learning_rate: float = 0.3
     bias_share: float = 0.2
     twin_depth: int = 4
@@ -113,6 +113,10 @@ def run_snowflakes(
     for name in (PICTURE, FIGURES):
         if (out / name).exists() and not force:
             raise InputError(f"{out / name}: exists already; choose another --out, or overwrite it with --force")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
     recipe = recipe or Recipe()
     data = snowflakes(count)
     x, z = data.images[data.labels == 1], data.images[data.labels == 0]
@@ -136,7 +140,7 @@ def run_snowflakes(
         "margin": MARGIN,
         "recipe": dataclasses.asdict(recipe),
         "versions": versions(),
-        "threads": torch.get_num_threads(),
+        "threads": 1,
         "seconds": {"otnn": round(seconds, 3), "unconstrained": round(twin_seconds, 3)},
         "hypotheses": dataclasses.asdict(hypotheses(solution)),
         "solver_gap": solution.gap,
@@ -152,10 +156,6 @@ def run_snowflakes(
         levels = functions | {"optimum": solution.potential}
         panels = [Panel(titles[name], *_grid(levels[name]), *_segments(functions[name], data)) for name in functions]
         picture = levels_picture(data.images.numpy(), data.labels.numpy(), panels)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
     write_whole(out / PICTURE, picture)
     write_whole(out / FIGURES, json_bytes(content))
     return content
@@ -200,6 +200,25 @@ def _train(
     steps: int,
     name: str,
 ) -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # matrices this small leave a second thread waiting, and tenfold where the cores are shared
+    try:
+        return _descend(model, loss, data, rates, steps, name)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _descend(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    data: Split,
+    rates: tuple[float, float],
+    steps: int,
+    name: str,
+) -> float:
+    """Train in place, and return the seconds that it took."""
     start = time.perf_counter()
     groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
     for parameter_name, parameter in model.named_parameters():

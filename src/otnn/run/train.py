@@ -163,10 +163,11 @@ def train_network(
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of the classes and the test split: whether figures of one run speak of the same images."""
+    """SHA-256 of the classes, the training and the test split: whether figures of one run speak of the same images."""
     digest = hashlib.sha256(json.dumps(dataset.classes).encode())
-    digest.update(dataset.test.labels.numpy().tobytes())
-    digest.update(dataset.test.images.numpy().tobytes())
+    for split in (dataset.train, dataset.test):
+        digest.update(split.labels.numpy().tobytes())
+        digest.update(split.images.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -178,7 +179,7 @@ def dataset_of(run: Run, data_dir: Path | None = None) -> Dataset:
         data_dir: where the data lie now, if they have moved: the folder that holds a named set, or the set's own.
 
     Raises:
-        InputError: the data are not there, or their classes or test images have changed since.
+        InputError: the data are not there, or their classes, training or test images have changed since.
     """
     data = run.config.data
     if data_dir is not None and data.name in KNOWN:
@@ -194,7 +195,7 @@ def dataset_of(run: Run, data_dir: Path | None = None) -> Dataset:
         ) from None
     if fingerprint(dataset) != run.manifest["data"]:
         raise InputError(
-            f"the data {run.config.data.name} have changed since {run.path} was trained: other classes or test images; "
+            f"the data {run.config.data.name} have changed since {run.path} was trained: other classes or images; "
             "bring the data back, or train again"
         )
     return dataset

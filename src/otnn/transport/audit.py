@@ -19,9 +19,10 @@ from otnn.checks import check_images, check_labels
 from otnn.data import Split
 from otnn.errors import InputError
 from otnn.lipschitz import bound
-from otnn.losses import HKRLoss, Loss, OneVsAllHKRLoss, SoftHKRLoss
+from otnn.losses import HKRLoss, KRLoss, Loss, OneVsAllHKRLoss, SoftHKRLoss, TemperatureCrossEntropyLoss
 from otnn.models import Classifier, check_model
 from otnn.potential import label_distances, pair_distances, pair_potential
+from otnn.transport.flow import check_budget
 from otnn.transport.measures import Function, Measures, measure
 from otnn.transport.problem import TransportProblem
 from otnn.transport.solution import TransportSolution
@@ -29,7 +30,9 @@ from otnn.transport.solver import MEMORY_BUDGET, Round, solve
 
 SAMPLES = 2000
 # Minibatches of the upper bracket: at least so many that share no sample, each of at most that many of a class.
-_MINIBATCHES, _MINIBATCH = 8, 64
+_MINIBATCHES, _MINIBATCH = 8, 256
+# What counts as rounding, as a share of the distances.
+_ROUNDING = 1e-9
 _NORMAL, _STUDENT = 1.959963984540054, {7: 2.3646}  # 97.5 % points
 
 
@@ -61,26 +64,24 @@ class Bracket:
 
 @dataclass(frozen=True)
 class Hypotheses:
-    """Whether Proposition 2 may be applied to these samples (theory, section 3).
+    """What Proposition 2 asks of these samples (theory, section 3): an exact optimum whose sign is right everywhere.
+
+    Where several potentials are optimal, the one that was found is judged; another may separate where it does not.
 
     Attributes:
-        distance: smallest distance of two samples of different classes.
-        margin: of the problem, fixed or learned.
-        margin_fits: margin <= distance / 2, without which the hinge cannot vanish.
-        optimum_right: share of the samples, weighted, whose sign the exact optimum has right.
-        optimum_separates: whether it has all of them right.
+        distance: smallest distance of two samples of different classes, of those that were drawn.
+        margin: of the optimum, fixed or learned.
+        hinge_can_vanish: margin <= distance / 2, up to rounding: at a larger margin every 1-Lipschitz function leaves
+            samples inside it.
+        optimum_right: share of the samples, weighted, whose sign the optimum has right.
+        optimum_separates: whether it has all of them right, so that Proposition 2 holds for it.
     """
 
     distance: float
     margin: float
-    margin_fits: bool
+    hinge_can_vanish: bool
     optimum_right: float
     optimum_separates: bool
-
-    @property
-    def hold(self) -> bool:
-        """Whether the optimum separates with a margin that fits."""
-        return self.margin_fits and self.optimum_separates
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class PotentialAudit:
         indices: of the samples in the data, of the positives and of the negatives.
         lipschitz: the bound that the scores were divided by, so that the potential is 1-Lipschitz.
         measures: every figure.
-        hypotheses: whether Proposition 2 may be applied.
+        margin: of the network, fixed or learned, in units of the potential; that of the optimum is the solution's.
+        hypotheses: what Proposition 2 asks; None for the plain problem, whose potentials have a free constant.
         bracket: None where a class has fewer than 16 samples.
     """
 
@@ -107,8 +109,9 @@ class PotentialAudit:
     solution: TransportSolution
     indices: tuple[Tensor, Tensor]
     lipschitz: float
+    margin: float | None
     measures: Measures
-    hypotheses: Hypotheses
+    hypotheses: Hypotheses | None
     bracket: Bracket | None
 
 
@@ -180,6 +183,8 @@ def audit(
         True
     """
     data = _as_split(data)
+    if not isinstance(model, Classifier):
+        raise InputError(f"model: expected a Classifier, which names body and head, got {type(model).__name__}")
     check_images(data.images)
     check_model(model, data.images)
     check_labels(data.labels, len(data.images), model.classes)
@@ -188,15 +193,41 @@ def audit(
     names = classes or tuple(str(k) for k in range(model.classes))
     if len(names) != model.classes:
         raise InputError(f"classes: expected {model.classes} names, got {len(names)}")
-    if samples is not None and samples < 1:
-        raise InputError(f"samples: expected a number >= 1, or None for all, got {samples}")
-    exact_model = copy.deepcopy(model).double()
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise InputError(f"samples: expected a whole number >= 1, or None for all, got {samples}")
+    potentials = list(_potentials(copy.deepcopy(model).double(), loss, names))
+    draw = _Draw(data, samples, seed)
+    for potential in potentials:  # all that will be refused is refused before the first is solved
+        sides = [draw(chosen, potential.name) for chosen in (potential.positive, potential.negative)]
+        check_budget(len(sides[0][0]), len(sides[1][0]), data.images[0].numel(), memory_budget)
     return Audit(
         tuple(
-            _audited(potential, data, samples, seed, memory_budget, partial(on_round, potential.name))
-            for potential in _potentials(exact_model, loss, names)
+            _audited(potential, draw, seed, memory_budget, partial(on_round, potential.name))
+            for potential in potentials
         )
     )
+
+
+class _Draw:
+    """The samples of some classes: the same draw wherever they occur, held once."""
+
+    def __init__(self, data: Split, samples: int | None, seed: int) -> None:
+        self.data, self.samples, self.seed = data, samples, seed
+        self.drawn: dict[tuple[int, ...], tuple[Tensor, Tensor, int]] = {}
+
+    def __call__(self, classes: tuple[int, ...], name: str) -> tuple[Tensor, Tensor, int]:
+        """Indices, samples, and how many there were to draw from."""
+        if classes not in self.drawn:
+            labels = self.data.labels
+            members = torch.isin(labels, torch.tensor(classes, device=labels.device)).nonzero().squeeze(1)
+            if not len(members):
+                raise InputError(
+                    f"{name}: found no sample of class {', '.join(map(str, classes))}; give data that hold all classes"
+                )
+            generator = torch.Generator().manual_seed(self.seed)
+            chosen = members[torch.randperm(len(members), generator=generator)[: self.samples].sort().values]
+            self.drawn[classes] = chosen, self.data.images[chosen], len(members)
+        return self.drawn[classes]
 
 
 def _as_split(data: object) -> Split:
@@ -208,21 +239,12 @@ def _as_split(data: object) -> Split:
 
 
 def _audited(
-    potential: _Potential,
-    data: Split,
-    samples: int | None,
-    seed: int,
-    memory_budget: float,
-    on_round: Callable[[Round], None],
+    potential: _Potential, draw: _Draw, seed: int, memory_budget: float, on_round: Callable[[Round], None]
 ) -> PotentialAudit:
-    generator = torch.Generator().manual_seed(seed)
-    sides = [_members(data.labels, chosen) for chosen in (potential.positive, potential.negative)]
-    for side, what in zip(sides, ("positive", "negative"), strict=True):
-        if not len(side):
-            raise InputError(f"{potential.name}: expected samples of both sides, found none of the {what} one")
-    prior = len(sides[0]) / (len(sides[0]) + len(sides[1])) if potential.prior is None else potential.prior
-    drawn = [side[torch.randperm(len(side), generator=generator)[:samples].sort().values] for side in sides]
-    x, z = (data.images[index] for index in drawn)
+    (positives, x, count_x), (negatives, z, count_z) = (
+        draw(chosen, potential.name) for chosen in (potential.positive, potential.negative)
+    )
+    prior = count_x / (count_x + count_z) if potential.prior is None else potential.prior
     plain = solve(TransportProblem(x, z, hinge_weight=0.0, prior=prior), memory_budget=memory_budget, on_round=on_round)
     if potential.hinge_weight > 0:
         learned = potential.alpha is not None
@@ -245,40 +267,45 @@ def _audited(
         function=potential.function,
         problem=problem,
         solution=solution,
-        indices=(drawn[0], drawn[1]),
+        indices=(positives, negatives),
         lipschitz=potential.lipschitz,
+        margin=potential.margin,
         measures=measure(potential.function, solution, w1, margin=margin, seed=seed),
-        hypotheses=hypotheses(solution),
-        bracket=_bracket(potential.function, x, z, generator),
+        hypotheses=hypotheses(solution) if problem.hinge_weight > 0 else None,
+        bracket=_bracket(potential.function, x, z, torch.Generator().manual_seed(seed)),
     )
 
 
 def hypotheses(solution: TransportSolution) -> Hypotheses:
-    """Whether Proposition 2 may be applied to the samples of a solved problem."""
+    """What Proposition 2 asks of the samples of a solved problem."""
     problem = solution.problem
-    right_x, right_z = solution.potential_x > 0, solution.potential_z < 0
+    # values are exact up to the gap, and a learned margin is often exactly half the distance
+    rounding = _ROUNDING * max(solution.transport_cost, solution.class_distance, solution.margin)
+    right_x, right_z = solution.potential_x > rounding, solution.potential_z < -rounding
     right = float(problem.sample_weight_x[right_x].sum() + problem.sample_weight_z[right_z].sum()) / 2
     return Hypotheses(
         distance=solution.class_distance,
         margin=solution.margin,
-        margin_fits=solution.margin <= solution.class_distance / 2,
-        optimum_right=right,
+        hinge_can_vanish=solution.margin <= solution.class_distance / 2 + rounding,
+        optimum_right=min(1.0, right),
         optimum_separates=bool(right_x.all() and right_z.all()),
     )
 
 
-def _members(labels: Tensor, chosen: tuple[int, ...]) -> Tensor:
-    return torch.isin(labels, torch.tensor(chosen, device=labels.device)).nonzero().squeeze(1)
-
-
 def _potentials(model: Classifier, loss: Loss | None, names: tuple[str, ...]) -> Iterator[_Potential]:
     """The potentials of a network: the one output, each class of one-vs-all, or each pair of classes."""
+    known = (HKRLoss, OneVsAllHKRLoss, SoftHKRLoss, KRLoss, TemperatureCrossEntropyLoss)
+    if loss is not None and not isinstance(loss, known):
+        raise InputError(
+            f"loss: expected one of {', '.join(kind.__name__ for kind in known)}, or None for plain transport, "
+            f"got {type(loss).__name__}"
+        )
     body = bound(model.body, model.input_shape)
     if isinstance(loss, HKRLoss) != (model.head.out_features == 1) and isinstance(loss, HKRLoss | OneVsAllHKRLoss):
         raise InputError(f"loss: {type(loss).__name__} does not train a network of {model.head.out_features} outputs")
+    if isinstance(loss, OneVsAllHKRLoss | SoftHKRLoss) and len(loss.priors) != model.classes:
+        raise InputError(f"loss: expected priors of {model.classes} classes, got {len(loss.priors)}")
     if isinstance(loss, OneVsAllHKRLoss):
-        if len(loss.priors) != model.classes:
-            raise InputError(f"loss: expected priors of {model.classes} classes, got {len(loss.priors)}")
         yield from _one_vs_all(model, loss, label_distances(model, body), names)
         return
     distances = pair_distances(model, body)
@@ -303,7 +330,7 @@ def _potentials(model: Classifier, loss: Loss | None, names: tuple[str, ...]) ->
                 alpha=loss.alpha,
                 prior=0.5 if loss.balanced else loss.prior,
             )
-        elif isinstance(loss, SoftHKRLoss):
+        elif isinstance(loss, SoftHKRLoss) and (loss.kr_form, loss.hinge_form) == ("soft", "joint"):
             # M = (z_t - z_j) / 2 for a pair: with g = (z_t - z_j) / scale the loss is scale / 2 times the binary one
             margins = loss.margin.detach().expand(model.classes)
             margin = float(margins[own] + margins[rival]) / scale
@@ -314,8 +341,8 @@ def _potentials(model: Classifier, loss: Loss | None, names: tuple[str, ...]) ->
                 margin=margin,
                 prior=0.5,
             )
-        else:
-            yield _Potential(**common, exact=False)  # type: ignore[arg-type]
+        else:  # plain transport: the other forms of soft hKR are none of a pair potential
+            yield _Potential(**common, exact=isinstance(loss, KRLoss))  # type: ignore[arg-type]
 
 
 def _one_vs_all(

@@ -109,7 +109,7 @@ class FlowNetwork:
         Raises:
             RuntimeError: the network simplex gave up.
         """
-        n, m = len(self.problem.x), len(self.problem.z)
+        n, m, _ = self.problem.sizes
         sources, sinks = np.concatenate([rows, self._arcs[0]]), np.concatenate([columns, self._arcs[1]])
         prices = np.concatenate([costs, self._arcs[2]])
         unit = float(prices.max()) or 1.0
@@ -151,26 +151,26 @@ class FlowNetwork:
         return flow, log["u"], log["v"]
 
 
-def check_budget(problem: TransportProblem, memory_budget: float) -> None:
-    """Refuse a problem whose matrix of distances does not fit, before anything is computed.
+def check_budget(n: int, m: int, dimensions: int, memory_budget: float) -> None:
+    """Refuse a problem that does not fit into memory, before anything is computed.
 
     Raises:
         InputError: what it would take, and the budget.
     """
-    n, m = len(problem.x), len(problem.z)
-    needed = required_memory(n, m)
+    needed = required_memory(n, m, dimensions)
     if needed > memory_budget:
         raise InputError(
-            f"memory: {n} x {m} samples need {needed / 1e9:.3g} GB, the budget is {memory_budget / 1e9:.3g} GB; "
-            "take fewer samples, or raise memory_budget"
+            f"memory: {n} x {m} samples of {dimensions} values need {needed / 1e9:.3g} GB, the budget is "
+            f"{memory_budget / 1e9:.3g} GB; take fewer samples, or raise memory_budget"
         )
 
 
-def required_memory(n: int, m: int) -> float:
-    """Bytes that a solution takes at most, roughly: distances, one block of reduced costs, candidate arcs.
+def required_memory(n: int, m: int, dimensions: int) -> float:
+    """Bytes that a solution takes at most, roughly: distances, a block of reduced costs, arcs, and the samples.
 
     Example:
-        >>> f"{required_memory(10_000, 10_000) / 1e9:.1f} GB"
-        '1.8 GB'
+        >>> f"{required_memory(10_000, 10_000, 784) / 1e9:.1f} GB"
+        '2.3 GB'
     """
-    return 8.0 * n * m + 2.0e8 + 40_000.0 * (n + m)
+    samples = 8.0 * dimensions * (n + m)  # in float64: as they are, centred, and their gradients
+    return 8.0 * n * m + 2.0e8 + 40_000.0 * (n + m) + 4 * samples

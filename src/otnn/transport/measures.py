@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # A sample counts as moved onto the zero level where this share of its value is left, at most.
 REACHED = 0.05
 _BATCH = 256
+_CHUNK = 1 << 24  # numbers
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,23 @@ class Measures:
         w1: W1 of the two samples.
         gap: (L(f) - L*) / W1; None where W1 is 0.
         shifted_gap: the same of f + b for the best constant b.
+        constant_gap: the same of the constant 0, which says nothing of any sample.
         parts: the terms of the gap, divided by W1.
         kr: KR(f) / W1, at most 1.
         slackness: (f(x) - f(z)) / ||x - z||, at most 1.
         cosine_x: of grad f(x) with x - z, for each pair.
         cosine_z: of grad f(z) with x - z.
+        optimal_cosine_x: the same of the exact potential: below 1 where samples have several partners but one gradient.
+        optimal_cosine_z: likewise.
         gradient_norm: ||grad f|| at the samples, weighted by the samples.
         segment_cosine: of grad f with x - z, at points inside segments drawn from the plan.
         segment_norm: ||grad f|| at the same points.
         segment_profile: (position, mean cosine, mean norm) along the segments, from 0 at x to 1 at z.
-        beyond_x: share of the plan with ||x - z|| >= |f(x)|.
+        beyond_x: share of the plan with ||x - z|| >= |f(x)|; this and the next three are None for the plain problem,
+            whose potentials have a free constant.
         beyond_z: share of the plan with ||x - z|| >= |f(z)|.
-        reached: share of the samples with |f(x - f grad f)| <= 5 % of |f(x)|, weighted by the samples.
-        right: share of the samples whose sign f has right, weighted by the samples.
+        reached: share of the samples with |f(x - f grad f)| <= 5 % of |f(x)|, by their weights, both sides alike.
+        right: share of the samples whose sign f has right, weighted likewise.
         coincident: number of pairs of the plan at distance 0, which have no direction.
         coincident_mass: what they carry.
     """
@@ -86,19 +92,22 @@ class Measures:
     w1: float
     gap: float | None
     shifted_gap: float | None
+    constant_gap: float | None
     parts: GapParts | None
     kr: float | None
     slackness: Summary | None
     cosine_x: Summary | None
     cosine_z: Summary | None
+    optimal_cosine_x: Summary | None
+    optimal_cosine_z: Summary | None
     gradient_norm: Summary | None
     segment_cosine: Summary | None
     segment_norm: Summary | None
     segment_profile: tuple[tuple[float, float, float], ...]
     beyond_x: float | None
     beyond_z: float | None
-    reached: float
-    right: float
+    reached: float | None
+    right: float | None
     coincident: int
     coincident_mass: float
 
@@ -133,7 +142,8 @@ def measure(
     if problem.norm != 2:
         raise InputError(f"the audit speaks of Euclidean gradients: expected norm=2, got {problem.norm}")
     margin = solution.margin if margin is None and not problem.learns_margin else margin
-    x, z = problem.x.view(-1, *problem.shape), problem.z.view(-1, *problem.shape)
+    flat_x, flat_z = problem.x, problem.z
+    x, z = flat_x.view(-1, *problem.shape), flat_z.view(-1, *problem.shape)
     f_x, gradient_x = values_and_gradients(function, x, batch_size)
     f_z, gradient_z = values_and_gradients(function, z, batch_size)
     loss = problem.loss(f_x, f_z, margin)
@@ -142,39 +152,44 @@ def measure(
         _values(function, part - _times(f, gradient), batch_size).abs() <= REACHED * f.abs()
         for part, f, gradient in ((x, f_x, gradient_x), (z, f_z, gradient_z))
     ]
-    rows, columns, mass = solution.rows, solution.columns, solution.mass
-    length = pair_distances(problem.x[rows], problem.z[columns])
-    apart = length > 0
-    i, j, weight, length = rows[apart], columns[apart], mass[apart], length[apart]
+    pairs = _Pairs(flat_x, flat_z, solution.rows, solution.columns, solution.mass)
+    apart = pairs.apart()
+    i, j, weight, length = apart.rows, apart.columns, apart.mass, apart.length
     norm_x, norm_z = _norm(gradient_x), _norm(gradient_z)
-    cosine_x = _cosines(problem, gradient_x, norm_x, i, i, j, length)
-    cosine_z = _cosines(problem, gradient_z, norm_z, j, i, j, length)
-    cosines, norms = _along(function, problem, i, j, weight, segments, positions, seed, batch_size)
+    best_x, best_z = (
+        values_and_gradients(partial(_optimal, solution, label), part, batch_size)[1]
+        for part, label in ((x, 1), (z, 0))
+    )
+    cosines, norms = _along(function, problem.shape, apart, segments, positions, seed, batch_size)
     places = [(k + 0.5) / positions for k in range(positions)]
     profile = zip(places, cosines.mean(dim=0).tolist(), norms.mean(dim=0).tolist(), strict=True)
     equal = torch.ones(cosines.numel(), dtype=torch.float64)
-    total = float(weight.sum())
+    total = float(solution.mass.sum())
+    centred = problem.hinge_weight > 0  # otherwise f + b is as good as f
     return Measures(
         loss=loss,
         optimum=solution.value,
         w1=w1,
         gap=(loss - solution.value) / w1 if w1 > 0 else None,
         shifted_gap=(_best_shift(problem, f_x, f_z, margin) - solution.value) / w1 if w1 > 0 else None,
-        parts=_parts(solution, f_x, f_z, margin or 0.0, w1) if w1 > 0 else None,
+        constant_gap=(problem.loss(0 * f_x, 0 * f_z, margin) - solution.value) / w1 if w1 > 0 else None,
+        parts=_parts(solution, pairs, f_x, f_z, margin or 0.0, w1) if w1 > 0 else None,
         kr=float(problem.sample_weight_x @ f_x - problem.sample_weight_z @ f_z) / w1 if w1 > 0 else None,
         slackness=summarise((f_x[i] - f_z[j]) / length, weight),
-        cosine_x=summarise(cosine_x, weight),
-        cosine_z=summarise(cosine_z, weight),
+        cosine_x=summarise(apart.cosines(gradient_x, i), weight),
+        cosine_z=summarise(apart.cosines(gradient_z, j), weight),
+        optimal_cosine_x=summarise(apart.cosines(best_x, i), weight),
+        optimal_cosine_z=summarise(apart.cosines(best_z, j), weight),
         gradient_norm=summarise(torch.cat([norm_x, norm_z]), samples),
         segment_cosine=summarise(cosines.flatten(), equal),
         segment_norm=summarise(norms.flatten(), equal),
         segment_profile=tuple(profile) if len(cosines) else (),
-        beyond_x=float(weight[length >= f_x[i].abs()].sum()) / total if total > 0 else None,
-        beyond_z=float(weight[length >= f_z[j].abs()].sum()) / total if total > 0 else None,
-        reached=float(samples[torch.cat(ends)].sum()) / 2,
-        right=float(samples[torch.cat([f_x > 0, f_z < 0])].sum()) / 2,
-        coincident=int((~apart).sum()),
-        coincident_mass=float(mass[~apart].sum()),
+        beyond_x=_share(pairs.mass[pairs.length >= f_x[pairs.rows].abs()], total) if centred else None,
+        beyond_z=_share(pairs.mass[pairs.length >= f_z[pairs.columns].abs()], total) if centred else None,
+        reached=_share(samples[torch.cat(ends)], 2.0) if centred else None,
+        right=_share(samples[torch.cat([f_x > 0, f_z < 0])], 2.0) if centred else None,
+        coincident=len(pairs.mass) - len(weight),
+        coincident_mass=max(0.0, total - float(weight.sum())) if len(weight) < len(pairs.mass) else 0.0,
     )
 
 
@@ -214,42 +229,63 @@ def _values(function: Function, inputs: Tensor, batch_size: int) -> Tensor:
     return torch.cat([function(batch).double().cpu() for batch in inputs.split(batch_size)])
 
 
-def _cosines(
-    problem: TransportProblem, gradient: Tensor, norm: Tensor, at: Tensor, i: Tensor, j: Tensor, length: Tensor
-) -> Tensor:
-    """Cosine of the gradient at one end of each pair with x_i - z_j; 0 where the gradient is 0."""
-    flat = gradient.flatten(1)
-    size = max(1, (1 << 24) // flat.shape[1])
-    chunks = zip(*(index.split(size) for index in (at, i, j)), strict=True)
-    products = [((problem.x[i_] - problem.z[j_]) * flat[at_]).sum(dim=1) for at_, i_, j_ in chunks]
-    product = torch.cat(products) if products else length
-    scale = norm[at] * length
-    return torch.where(scale > 0, product / torch.where(scale > 0, scale, 1.0), 0.0)
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a plan: flat samples of both sides, indices, masses."""
+
+    x: Tensor
+    z: Tensor
+    rows: Tensor
+    columns: Tensor
+    mass: Tensor
+
+    @cached_property
+    def length(self) -> Tensor:
+        """||x - z|| of each pair, by chunks."""
+        chunks = [pair_distances(self.x[i], self.z[j]) for i, j in self._chunks(self.rows, self.columns)]
+        return torch.cat(chunks) if chunks else self.mass
+
+    def apart(self) -> "_Pairs":
+        """The pairs whose samples differ."""
+        kept = self.length > 0
+        return _Pairs(self.x, self.z, self.rows[kept], self.columns[kept], self.mass[kept])
+
+    def cosines(self, gradient: Tensor, at: Tensor) -> Tensor:
+        """Cosine of the gradient (n, ...) at one end of each pair with x - z; 0 where the gradient is 0."""
+        flat, norm = gradient.flatten(1), _norm(gradient)[at]
+        products = [
+            ((self.x[i] - self.z[j]) * flat[k]).sum(dim=1) for i, j, k in self._chunks(self.rows, self.columns, at)
+        ]
+        product = torch.cat(products) if products else self.length
+        scale = norm * self.length
+        return torch.where(scale > 0, product / torch.where(scale > 0, scale, 1.0), 0.0)
+
+    def _chunks(self, *indices: Tensor) -> list[tuple[Tensor, ...]]:
+        size = max(1, _CHUNK // self.x.shape[1])
+        return list(zip(*(index.split(size) for index in indices), strict=True)) if len(self.rows) else []
 
 
 def _along(
     function: Function,
-    problem: TransportProblem,
-    i: Tensor,
-    j: Tensor,
-    weight: Tensor,
+    shape: tuple[int, ...],
+    pairs: _Pairs,
     segments: int,
     positions: int,
     seed: int,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Cosine with x - z and norm of the gradient inside segments drawn by mass: both (drawn, positions)."""
-    if not len(weight):
+    if not len(pairs.mass):
         return torch.zeros(0, positions, dtype=torch.float64), torch.zeros(0, positions, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(weight, segments, replacement=True, generator=generator)
-    x, z = problem.x[i[drawn]], problem.z[j[drawn]]
+    drawn = torch.multinomial(pairs.mass, segments, replacement=True, generator=generator)
+    x, z = pairs.x[pairs.rows[drawn]], pairs.z[pairs.columns[drawn]]
     way = x - z
     unit = way / way.norm(dim=1, keepdim=True)
     cosines, norms = [], []
     for k in range(positions):
         points = x - (k + 0.5) / positions * way
-        _, gradient = values_and_gradients(function, points.view(-1, *problem.shape), batch_size)
+        _, gradient = values_and_gradients(function, points.view(-1, *shape), batch_size)
         norm = _norm(gradient)
         product = (gradient.flatten(1) * unit).sum(dim=1)
         cosines.append(torch.where(norm > 0, product / torch.where(norm > 0, norm, 1.0), 0.0))
@@ -257,11 +293,10 @@ def _along(
     return torch.stack(cosines, dim=1), torch.stack(norms, dim=1)
 
 
-def _parts(solution: TransportSolution, f_x: Tensor, f_z: Tensor, margin: float, w1: float) -> GapParts:
+def _parts(solution: TransportSolution, pairs: _Pairs, f_x: Tensor, f_z: Tensor, margin: float, w1: float) -> GapParts:
     """The gap, term by term (theory, section 2): slackness of the pairs, of the marginal ranges and of the mass."""
     problem = solution.problem
-    i, j, mass = solution.rows, solution.columns, solution.mass
-    length = pair_distances(problem.x[i], problem.z[j])
+    i, j, mass, length = pairs.rows, pairs.columns, pairs.mass, pairs.length
     extra = []
     for weight, index in ((problem.sample_weight_x, i), (problem.sample_weight_z, j)):
         carried = torch.zeros_like(weight).index_add(0, index, mass)
@@ -291,6 +326,16 @@ def _best_shift(problem: TransportProblem, f_x: Tensor, f_z: Tensor, margin: flo
         here, there = (problem.loss(f_x + b, f_z + b, margin) for b in candidates[middle : middle + 2])
         low, high = (low, middle) if here <= there else (middle + 1, high)
     return problem.loss(f_x + candidates[low], f_z + candidates[low], margin)
+
+
+def _optimal(solution: TransportSolution, label: int, points: Tensor) -> Tensor:
+    """The exact potential at points of one class, by the extension without a cone there."""
+    return solution.potential(points, torch.full((len(points),), label))
+
+
+def _share(weights: Tensor, total: float) -> float:
+    """The sum of some weights over that of all, at most 1 whatever the rounding."""
+    return min(1.0, float(weights.sum()) / total)
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from otnn.losses.functional import check_alpha, resolve_hinge_weight
 
 # How often a sample may be carried, at most: beyond that the masses of the dual are too unlike for rounding.
 _OFTEN = 1e5
+_RANGE = 1e100
+# The smallest weight of a sample, as a share of equal ones: a smaller one is lost beside the others.
+_LIGHT = 1e-9
 _SUM = 1e-6  # weights of float32 sum to 1 up to that
 
 
@@ -63,17 +66,21 @@ class TransportProblem:
             check_images(sample, what=name)
         if x.shape[1:] != z.shape[1:]:
             raise InputError(
-                f"x and z: expected samples of one shape, got {tuple(x.shape[1:])} and {tuple(z.shape[1:])}"
+                f"x and z: expected samples of one shape, got {tuple(x.shape[1:])} and {tuple(z.shape[1:])}; "
+                "reshape one of them"
             )
         if not norm >= 1:
             raise InputError(f"norm: expected 1, 2, inf or any p >= 1, got {norm}")
         self.shape = tuple(x.shape[1:])
-        self.x, self.z = (sample.detach().flatten(1).double().cpu() for sample in (x, z))
+        for name, sample in (("x", x), ("z", z)):
+            _check_range(name, sample)
+        self._x, self._z = (sample.detach().flatten(1).cpu() for sample in (x, z))
         self.norm = float(norm)
         self.prior = len(x) / (len(x) + len(z)) if prior is None else float(prior)
         if not 0 < self.prior < 1:
             raise InputError(f"prior: expected the share of the positives, in (0, 1), got {prior}")
-        self.hinge_weight = resolve_hinge_weight(hinge_weight, alpha)
+        alpha = None if alpha is None else float(alpha)
+        self.hinge_weight = resolve_hinge_weight(None if hinge_weight is None else float(hinge_weight), alpha)
         self.alpha = alpha
         self.margin = _checked_margin(margin, alpha, self.hinge_weight)
         if alpha is not None:
@@ -83,10 +90,25 @@ class TransportProblem:
             raise InputError(
                 f"hinge_weight = {self.hinge_weight:g} with prior = {self.prior:g}: expected hinge_weight times prior "
                 f"and times 1 - prior in [{1 / _OFTEN:g}, {_OFTEN:g}], where rounding lets the dual be solved; "
-                "for the plain problem take hinge_weight=0"
+                "take a smaller hinge_weight, or 0 for the plain problem"
             )
         self.sample_weight_x = _weights("sample_weight_x", sample_weight_x, len(x))
         self.sample_weight_z = _weights("sample_weight_z", sample_weight_z, len(z))
+
+    @property
+    def x(self) -> Tensor:
+        """The positives, flat and in float64: (n, dimensions), made anew at each call."""
+        return self._x.double()
+
+    @property
+    def z(self) -> Tensor:
+        """The negatives likewise: (m, dimensions)."""
+        return self._z.double()
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The numbers of positives, negatives and dimensions."""
+        return len(self._x), len(self._z), self._x.shape[1]
 
     @property
     def learns_margin(self) -> bool:
@@ -112,8 +134,8 @@ class TransportProblem:
         """
         a, b = self.sample_weight_x[rows], self.sample_weight_z[columns]
         return TransportProblem(
-            self.x[rows],
-            self.z[columns],
+            self._x[rows],
+            self._z[columns],
             hinge_weight=self.hinge_weight,
             margin=self.margin,
             alpha=self.alpha,
@@ -145,7 +167,17 @@ class TransportProblem:
 
     def __repr__(self) -> str:
         margin = f"alpha={self.alpha:g}" if self.alpha is not None else f"margin={self.margin}"
-        return f"TransportProblem({len(self.x)} x {len(self.z)}, hinge_weight={self.hinge_weight:g}, {margin})"
+        return f"TransportProblem({len(self._x)} x {len(self._z)}, hinge_weight={self.hinge_weight:g}, {margin})"
+
+
+def _check_range(name: str, sample: Tensor) -> None:
+    """Refuse numbers whose squares leave the range of float64."""
+    largest = float(sample.detach().abs().max())
+    if not (largest == 0 or 1 / _RANGE <= largest <= _RANGE):
+        raise InputError(
+            f"{name}: expected values of a size between {1 / _RANGE:g} and {_RANGE:g}, got up to {largest:g}; "
+            "rescale all samples"
+        )
 
 
 def _checked_margin(margin: float | None, alpha: float | None, hinge_weight: float) -> float | None:
@@ -167,6 +199,12 @@ def _weights(name: str, weights: Tensor | None, count: int) -> Tensor:
     if not bool((torch.isfinite(weights) & (weights > 0)).all()):
         bad = int((~(torch.isfinite(weights) & (weights > 0))).nonzero()[0])
         raise InputError(f"{name}: expected weights > 0, got {float(weights[bad]):g} at {bad}; leave such samples out")
+    if bool((weights < _LIGHT / count).any()):
+        bad = int((weights < _LIGHT / count).nonzero()[0])
+        raise InputError(
+            f"{name}: expected weights of at least {_LIGHT:g} / {count}, got {float(weights[bad]):g} at {bad}; "
+            "leave such samples out"
+        )
     total = float(weights.sum())
     if abs(total - 1) > _SUM:
         raise InputError(f"{name}: expected weights that sum to 1, got a sum of {total:.10g}; divide them by it")

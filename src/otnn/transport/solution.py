@@ -21,7 +21,8 @@ class TransportSolution:
     Attributes:
         problem: what was solved.
         value: the minimum of the loss; for the plain problem -W1.
-        gap: (loss of the potentials - bound by the plan) / transport_cost, >= 0: the value is exact up to that.
+        gap: (loss of the potentials - bound by the plan) / max(transport_cost, |value|), >= 0: the value is exact up to
+            that.
         margin: m, fixed or learned; 0 where the hinge weight is 0.
         plan: scipy coo_array (n, m), pi_ij; its row sums lie in [a, a (1 + lambda p)], its column sums in
             [b, b (1 + lambda (1 - p))].
@@ -86,7 +87,8 @@ class TransportSolution:
         flat = self._flat(points)
         if labels is None:
             return (self._from_negatives(flat) + self._from_positives(flat)) / 2
-        check_labels(labels, len(points), 2)
+        labels = torch.as_tensor(labels)
+        check_labels(labels, len(flat), 2)
         positive = labels == 1
         result = flat.new_zeros(len(flat))
         result = result.index_put((positive.nonzero().squeeze(1),), self._from_negatives(flat[positive]))
@@ -140,6 +142,7 @@ class TransportSolution:
         return points.split(max(1, _CHUNK // len(samples))) if len(points) else ()
 
     def _flat(self, points: Tensor) -> Tensor:
+        points = torch.as_tensor(points)
         if tuple(points.shape[1:]) != self.problem.shape or points.ndim != len(self.problem.shape) + 1:
             raise InputError(
                 f"points: expected a batch of the samples' shape {self.problem.shape}, got {tuple(points.shape)}"

@@ -13,6 +13,7 @@ import torch
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from otnn.errors import InputError
 from otnn.transport.costs import distances
 from otnn.transport.flow import Flow, FlowNetwork, check_budget
 from otnn.transport.problem import TransportProblem
@@ -23,6 +24,10 @@ MEMORY_BUDGET = 12e9
 _FIRST, _MORE = 16, 8
 # A relative gap that is exact enough to end on, and the one that is promised.
 _GAP, EXACT = 1e-11, 1e-9
+# The gap from which on the multipliers are made exact to their rounding.
+_NEAR = 1e-8
+# The largest margin, in units of the largest distance.
+_WIDE = 1e5
 # Problems of more samples begin with the solution of a part of them, up to that gap.
 _COARSE, _ROUGH = 500, 1e-3
 _BLOCK = 1 << 23  # numbers
@@ -53,7 +58,8 @@ def solve(
         The optimum; its relative gap is at most 1e-9, and usually some 1e-12.
 
     Raises:
-        InputError: the problem needs more memory than the budget; the message says how much.
+        InputError: the problem needs more memory than the budget, and the message says how much; or a margin beside
+            which the distances vanish.
         RuntimeError: the gap did not close, which no input should cause.
 
     Example:
@@ -64,8 +70,14 @@ def solve(
         >>> solve(TransportProblem(x, z, hinge_weight=4.0, margin=1.0)).potential_z.round(decimals=9)
         tensor([-1., -3.], dtype=torch.float64)
     """
-    check_budget(problem, memory_budget)
+    check_budget(*problem.sizes, memory_budget)
     costs = distances(problem.x, problem.z, problem.norm)
+    farthest = float(costs.max())
+    if problem.margin is not None and problem.hinge_weight > 0 and problem.margin > _WIDE * farthest > 0:
+        raise InputError(
+            f"margin = {problem.margin:g}: expected at most {_WIDE:g} times the largest distance, {farthest:g}: beside "
+            "it the distances are lost in rounding; lower the margin"
+        )
     return _optimum(problem, costs, _GAP, on_round)
 
 
@@ -88,14 +100,13 @@ def _optimum(
         if solution.gap <= enough:
             return solution
         grown = np.union1d(arcs, _violated(costs, flow))
-        if len(grown) > len(arcs):
-            arcs = grown
-        elif not finely:  # nothing is left but the rounding of the multipliers
-            finely = True
-        elif solution.gap <= EXACT:
+        if finely and len(grown) == len(arcs):
+            if solution.gap > EXACT:
+                raise RuntimeError(f"the gap of {problem} stays at {solution.gap:.1e}; expected at most {EXACT:g}")
             return solution
-        else:
-            raise RuntimeError(f"the gap of {problem} stays at {solution.gap:.1e}; expected at most {EXACT:g}")
+        # near the optimum what is left is the rounding of the multipliers, which would bring in pairs without end
+        finely = finely or len(grown) == len(arcs) or solution.gap <= _NEAR
+        arcs = grown
 
 
 def _guess(problem: TransportProblem, costs: Tensor) -> tuple[Tensor, Tensor]:

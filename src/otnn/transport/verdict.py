@@ -1,13 +1,14 @@
 """The audit in plain words: how far the maps and counterfactuals of a network may be read as optimal transport."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any
 
 from otnn.transport.audit import Audit, PotentialAudit
 
-# Gaps that count as near and as fair; beyond the second the plan is followed in part only.
-NEAR, FAIR = 0.03, 0.15
+# Mean slackness from which on the plan counts as followed closely, fairly well, and in part.
+CLOSE, FAIR, PART = 0.97, 0.85, 0.3
 
 # What tables show of a potential as audit.json tells of it: name, what it says, and the text of an entry.
 FIGURES: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
@@ -44,9 +45,10 @@ def verdict(train: Audit, held_out: Audit | None = None) -> list[str]:
         train: the audit on the data of the training.
         held_out: the audit on other data.
     """
-    sentences = [_gap(train, "training"), _direction(train), _cause(train), _propositions(train)]
+    sentences = [_gap(train, "training"), _followed(train), _direction(train), _cause(train), _propositions(train)]
+    sentences.append(_coincident(train))
     if held_out is not None:
-        sentences += [_gap(held_out, "held-out"), *_bracket(held_out)]
+        sentences += [_gap(held_out, "held-out"), _bracket(held_out)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -60,31 +62,53 @@ def _gap(audit: Audit, data: str) -> str:
     found = gaps(audit)
     if not found:
         return f"On the {data} samples both classes are the same points: there is nothing to transport."
-    middle, worst = found[len(found) // 2][0], found[-1]
-    against = "the exact optimum of its own loss" if audit.exact else "the exact optimum of each pair of classes"
-    text = f"On the {data} samples the network stays {middle:.1%} of W1 short of {against}"
+    worst = found[-1]
+    if audit.exact:
+        against = "the exact optimum of its own loss"
+    else:
+        against = "the exact optimum of each pair of classes" if len(found) > 1 else "an exact optimum"
+    text = (
+        f"On the {data} samples the network stays {_percent(median(gap for gap, _ in found))} of W1 short of {against}"
+    )
     if len(found) > 1:
-        text += f" in the median of {len(found)}, and {worst[0]:.1%} at the worst ({worst[1].name})"
-    how = "closely" if middle <= NEAR else "fairly well" if middle <= FAIR else "in part only"
-    return f"{text}: it follows the transport plan {how}."
+        text += f" in the median of {len(found)}, and {_percent(worst[0])} at the worst ({worst[1].name})"
+    idle = [
+        entry for gap, entry in found if entry.measures.constant_gap is not None and gap >= entry.measures.constant_gap
+    ]
+    if idle and len(found) == 1:
+        text += ", no less than a constant score would"
+    elif idle:
+        text += f"; for {len(idle)} of them that is no less than for a constant score"
+    return f"{text}."
+
+
+def _followed(audit: Audit) -> str:
+    slackness = [entry.measures.slackness.mean for entry in audit.potentials if entry.measures.slackness]
+    if not slackness:
+        return ""
+    middle = median(slackness)
+    grades = ((CLOSE, "closely"), (FAIR, "fairly well"), (PART, "in part only"), (-math.inf, "hardly at all"))
+    how = next(word for least, word in grades if middle >= least)
+    return f"It follows the transport plan {how}: it tells partners apart by {middle:.0%} of their distance."
 
 
 def _direction(audit: Audit) -> str:
-    cosines = [s.median for entry in audit.potentials for s in (entry.measures.cosine_x, entry.measures.cosine_z) if s]
-    norms = [entry.measures.segment_norm.median for entry in audit.potentials if entry.measures.segment_norm]
-    if not cosines:
+    known = [
+        entry.measures for entry in audit.potentials if entry.measures.segment_cosine and entry.measures.segment_norm
+    ]
+    if not known:
         return ""
-    angle = math.degrees(math.acos(min(1.0, max(-1.0, _median(cosines)))))
-    text = f"The gradient at a sample points {angle:.0f} degrees away from the sample's partner under the plan (median)"
-    if norms:
-        text += f", and on the way between the two it has {_median(norms):.0%} of the norm that it has at the optimum"
-    return text + "."
+    cosine = median(found.segment_cosine.median for found in known if found.segment_cosine)
+    norm = median(found.segment_norm.median for found in known if found.segment_norm)
+    angle = math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
+    return (
+        f"Between a sample and its partner the gradient points {angle:.0f} degrees away from the way (median), and has "
+        f"{norm:.0%} of the norm that it has at the optimum."
+    )
 
 
 def _cause(audit: Audit) -> str:
     parts = [entry.measures.parts for entry in audit.potentials if entry.measures.parts]
-    if not parts:
-        return ""
     transport = sum(part.transport for part in parts)
     rest = sum(part.hinge_x + part.hinge_z + part.margin for part in parts)
     if transport + rest <= 1e-9:
@@ -92,46 +116,58 @@ def _cause(audit: Audit) -> str:
     share = transport / (transport + rest)
     if share >= 0.5:
         return f"{share:.0%} of the gap is transport: scores of partners differ by less than their distance."
-    return (
-        f"{1 - share:.0%} of the gap is the hinge: samples lie inside the margin that the optimum would keep outside."
-    )
+    return f"{1 - share:.0%} of the gap is the hinge: other samples stand inside the margin than at the optimum."
 
 
 def _propositions(audit: Audit) -> str:
-    hold = [entry for entry in audit.potentials if entry.hypotheses.hold]
-    if len(audit.potentials) > 1:
+    known = [entry.hypotheses for entry in audit.potentials if entry.hypotheses]
+    if not known:
+        return ""
+    if len(known) > 1:
+        separated = sum(facts.optimum_separates for facts in known)
+        vanishing = sum(facts.hinge_can_vanish for facts in known)
         return (
-            f"For {len(hold)} of {len(audit.potentials)} problems the exact optimum separates the samples with a "
-            "margin of at most half their distance, as Proposition 2 asks."
+            f"The optimum that was found separates the samples in {separated} of {len(known)} problems, so that "
+            f"Proposition 2 holds for it, and in {vanishing} the hinge can vanish."
         )
-    facts = audit.potentials[0].hypotheses
-    where = f"The classes are {facts.distance:.3g} apart, and the margin is {facts.margin:.3g}"
-    if facts.hold:
-        return f"{where}; the exact optimum separates all samples: Proposition 2 holds for it."
-    why = [] if facts.margin_fits else ["the margin exceeds half that distance, so the hinge cannot vanish"]
-    if not facts.optimum_separates:
-        why.append(f"even the exact optimum has only {facts.optimum_right:.1%} of the signs right")
-    return f"{where}; {' and '.join(why)}: Proposition 2 does not hold here."
+    facts = known[0]
+    where = (
+        f"The classes, as drawn, are {facts.distance:.3g} apart, and the margin of the optimum is {facts.margin:.3g}"
+    )
+    hinge = "" if facts.hinge_can_vanish else ", more than half of that, so that the hinge cannot vanish"
+    if facts.optimum_separates:
+        return f"{where}{hinge}; the optimum separates all samples: Proposition 2 holds for it."
+    return (
+        f"{where}{hinge}; the optimum that was found has {_percent(facts.optimum_right)} of the signs right, so that "
+        "Proposition 2 does not speak of it."
+    )
 
 
-def _bracket(audit: Audit) -> list[str]:
+def _coincident(audit: Audit) -> str:
+    pairs = sum(entry.measures.coincident for entry in audit.potentials)
+    if not pairs:
+        return ""
+    return f"{pairs} pairs of the plan are the same point in both classes; they have no direction."
+
+
+def _bracket(audit: Audit) -> str:
     if len(audit.potentials) > 1 or audit.potentials[0].bracket is None:
-        return []
+        return ""
     bracket = audit.potentials[0].bracket
     low, high = bracket.kr, bracket.minibatch_w1
-    return [
+    return (
         f"W1 of the two classes as such lies between {low.mean:.3g} ({low.low:.3g} to {low.high:.3g}), what the "
         f"network shows of it, and {high.mean:.3g} ({high.low:.3g} to {high.high:.3g}), the mean over minibatches of "
         f"{bracket.minibatch}."
-    ]
+    )
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def _percent(value: float) -> str:
+    return f"{round(value, 9) + 0.0:.1%}"  # no -0.0 %
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else _percent(value)
 
 
 def _mean(summary: Mapping[str, Any] | None) -> str:
