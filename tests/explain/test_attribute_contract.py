@@ -12,6 +12,7 @@ from otnn.errors import InputError
 from otnn.explain import METHODS, attribute, cost
 from otnn.explain.masking import chunk_size
 from otnn.explain.scores import Scorer
+from otnn.models import build
 from tests.explain.nets import Counting, images, linear, relu_net
 
 NAMES = [
