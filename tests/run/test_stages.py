@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from otnn.run import config
 from otnn.run.certify import certify_run
 from otnn.run.explain import choose_gallery, class_index, explain_files, explain_gallery
 from otnn.run.folder import Run
-from otnn.run.train import dataset_of, load_dataset, train
+from otnn.run.train import dataset_of, fingerprint, load_dataset, train
 
 
 def test_certify_writes_the_same_figures_everywhere(run: Run) -> None:
@@ -142,6 +143,10 @@ def test_changed_data_are_refused_before_anything_is_written(tmp_path: Path) -> 
         certify_run(run)
     assert (run.path / "results.json").read_bytes() == before
     (tmp_path / "pets" / "x").rename(tmp_path / "pets" / "cat")
+    # the audit speaks of the training images: any of them counts as well
+    fresh = dataset_of(run)
+    changed = replace(fresh, train=replace(fresh.train, images=fresh.train.images.roll(1, 0)))
+    assert fingerprint(changed) != fingerprint(fresh) == run.manifest["data"]
     (tmp_path / "pets").rename(tmp_path / "moved")
     assert dataset_of(run, tmp_path / "moved").classes == ("cat", "dog")
     with pytest.raises(InputError, match="the data of this run cannot be loaded again"):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,25 +193,18 @@ def train_twin(data: Split, recipe: Recipe, seed: int) -> tuple[nn.Module, float
     return model, _train(model, loss, data, rates, recipe.twin_steps, "ordinary network")
 
 
-def _train(
-    model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    data: Split,
-    rates: tuple[float, float],
-    steps: int,
-    name: str,
-) -> float:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small leave a second thread waiting, and make it tenfold slower where the cores are shared."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # matrices this small leave a second thread waiting, and tenfold where the cores are shared
+    torch.set_num_threads(1)
     try:
-        return _descend(model, loss, data, rates, steps, name)
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _descend(
+def _train(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     data: Split,
@@ -226,7 +220,7 @@ def _descend(
     optimizer = torch.optim.Adam(groups, lr=rates[0])
     hooks = keep_on_manifold(optimizer, model)
     schedule = OneCycleLR(optimizer, max_lr=list(rates), total_steps=steps + 1, cycle_momentum=False)
-    with steps_bar(name, steps) as show:
+    with _one_thread(), steps_bar(name, steps) as show:
         for step in range(steps):
             optimizer.zero_grad()
             value = loss(model(data.images), data.labels)
