@@ -230,3 +230,8 @@ def test_margins_follow_weights_that_were_written_in_place() -> None:
         model.head.bias.mul_(2)
         # scores and their constants both double
         assert torch.allclose(Scorer(model, x, 1, "margin")(x), first, rtol=1e-5)
+    # a write that leaves no trace in the version of the tensor, and weights put in its place
+    model.head.weight.data.mul_(2)
+    model.head.bias = nn.Parameter(2 * model.head.bias.detach())
+    with torch.no_grad():
+        assert torch.allclose(Scorer(model, x, 1, "margin")(x), first, rtol=1e-5)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from otnn.batches import sample_norm, spread
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
 from otnn.lipschitz import LipschitzBound
@@ -105,12 +106,12 @@ def counterfactual(
     (gradient,) = torch.autograd.grad(potential.sum(), inputs)
     with torch.no_grad():
         inputs, potential = inputs.detach(), potential.detach()
-        norm = _norm(gradient)
-        direction = gradient / _spread(torch.where(norm > 0, norm, 1.0), inputs)
+        norm = sample_norm(gradient)
+        direction = gradient / spread(torch.where(norm > 0, norm, 1.0), inputs)
         movable = torch.isfinite(potential) & (potential > 0) & (norm > 0)
 
         def potential_at(length: Tensor, index: Tensor) -> Tensor:
-            moved = inputs[index] - _spread(length, inputs) * direction[index]
+            moved = inputs[index] - spread(length, inputs) * direction[index]
             return pair_potential(model(moved), own[index], rival[index], distances)
 
         boundary_distance = _bisect(potential_at, potential, movable)
@@ -127,8 +128,8 @@ def counterfactual(
             prediction=own,
             target=rival,
             pair_radius=potential.clamp(min=0),
-            one_step=inputs - _spread(potential, inputs) * gradient,
-            boundary=inputs - _spread(boundary_distance, inputs) * direction,
+            one_step=inputs - spread(potential, inputs) * gradient,
+            boundary=inputs - spread(boundary_distance, inputs) * direction,
             boundary_distance=boundary_distance,
             tightness=potential / boundary_distance,
             distances=lengths,
@@ -185,13 +186,3 @@ def _status(own: Tensor, rival: Tensor, potential: Tensor, norm: Tensor, found: 
         else:
             reasons.append("ok")
     return tuple(reasons)
-
-
-def _norm(images: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
-    return norm
-
-
-def _spread(values: Tensor, images: Tensor) -> Tensor:
-    """(batch,) as (batch, 1, ..., 1)."""
-    return values.view(-1, *[1] * (images.ndim - 1))

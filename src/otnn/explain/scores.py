@@ -1,5 +1,6 @@
 """What is explained: one number per sample, the score of its target, for any model with outputs (batch, classes)."""
 
+from hashlib import sha256
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -104,12 +105,15 @@ class Scorer:
 
 
 # Bounds of ordinary networks take a second, and every call for the same weights needs the same ones.
-_known: WeakKeyDictionary[Classifier, tuple[tuple[tuple[int, int], ...], Tensor]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Classifier, tuple[bytes, Tensor]] = WeakKeyDictionary()
 
 
 def _distances(model: Classifier) -> Tensor:
-    """`pair_distances` of a model, kept until a weight is replaced or written in place."""
-    state = tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers()))
+    """`pair_distances` of a model, kept while its weights are what they were, by content: `.data` leaves no trace."""
+    digest = sha256()
+    for tensor in (*model.parameters(), *model.buffers()):
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    state = digest.digest()
     if model not in _known or _known[model][0] != state:
         _known[model] = state, pair_distances(model, bound(model.body, model.input_shape))
     return _known[model][1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from otnn.batches import sample_norm, spread
 from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET, chunk_size
@@ -155,14 +156,14 @@ class _Attack:
         """
         row = torch.arange(len(self.inputs), device=self.inputs.device)
         margin, gradient = self._margin(torch.zeros_like(self.inputs), row)
-        slope = _norm(gradient)
+        slope = sample_norm(gradient)
         start = -self._direction(gradient, row)
         # The distance if the margin were linear; what is far less than the largest radius is found on the way there
         radius = (margin / torch.where(slope > 0, slope, 1.0)).clamp(largest / 2 ** (DOUBLINGS - 1), largest)
         low = torch.zeros_like(radius)
         high = torch.where(margin <= 0, 0.0, torch.inf).to(radius)  # a tie needs no change
         taken, halved = torch.zeros_like(row), torch.zeros_like(row)
-        change = _spread(radius, start) * start
+        change = spread(radius, start) * start
         open_ = row[margin > 0]
         while len(open_):
             margin, gradient = self._margin(change[open_], open_)
@@ -171,9 +172,9 @@ class _Attack:
             going = ~(hit | spent)
             change[open_[going]] = self._step(change, gradient[going], radius, open_[going])
             found, missed, settled = open_[hit], open_[spent & ~hit], open_[~going]
-            norm = _norm(change[found])
+            norm = sample_norm(change[found])
             high[found] = torch.minimum(high[found], norm)
-            start[found] = change[found] / _spread(norm, change)
+            start[found] = change[found] / spread(norm, change)
             low[missed] = radius[missed]
             # A change within a radius that had failed before begins a new search below it
             low[settled] = torch.where(low[settled] < high[settled], low[settled], 0.0)
@@ -187,7 +188,7 @@ class _Attack:
             halved[settled] += known.to(halved)
             next_radius = torch.where(known, (low[settled] + high[settled]) / 2, 2 * radius[settled])
             radius[settled] = next_radius.clamp(max=largest)
-            change[settled] = _spread(radius[settled], change) * start[settled]
+            change[settled] = spread(radius[settled], change) * start[settled]
             taken[settled] = 0
             open_ = open_[~done]
         return high
@@ -195,9 +196,9 @@ class _Attack:
     def _step(self, change: Tensor, gradient: Tensor, radius: Tensor, row: Tensor) -> Tensor:
         """One step of PGD down the margin, inside the ball."""
         length = radius[row]
-        moved = change[row] - _spread(2 * length / self.steps, change) * self._direction(gradient, row)
-        shrink = (length / _norm(moved).clamp(min=torch.finfo(moved.dtype).tiny)).clamp(max=1)
-        return moved * _spread(shrink, moved)
+        moved = change[row] - spread(2 * length / self.steps, change) * self._direction(gradient, row)
+        shrink = (length / sample_norm(moved).clamp(min=torch.finfo(moved.dtype).tiny)).clamp(max=1)
+        return moved * spread(shrink, moved)
 
     def _margin(self, change: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Score of the own class above the best other one (rows,), and its gradient on the support (rows, ...)."""
@@ -213,12 +214,12 @@ class _Attack:
 
     def _direction(self, gradient: Tensor, row: Tensor) -> Tensor:
         """Unit gradients; where there is none, the noise on the support."""
-        norm = _norm(gradient)
+        norm = sample_norm(gradient)
         lost = ~(norm > 0)
         if bool(lost.any()):
-            gradient = torch.where(_spread(lost, gradient), self.noise * self.support[row], gradient)
-            norm = _norm(gradient)
-        return gradient / _spread(norm, gradient)
+            gradient = torch.where(spread(lost, gradient), self.noise * self.support[row], gradient)
+            norm = sample_norm(gradient)
+        return gradient / spread(norm, gradient)
 
     def _class_scores(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self.model(inputs)
@@ -277,7 +278,7 @@ def e_robustness(
     own, finite = _explain_all(explain, inputs, index, size)
     undefined, own_ranks = is_constant(own) | ~finite, ranks(own)
     towards = draw((directions, *inputs.shape[1:]), inputs, generator, normal=True)
-    towards = towards / _spread(_norm(towards), towards)
+    towards = towards / spread(sample_norm(towards), towards)
 
     def stays(radius: Tensor, rows: Tensor) -> Tensor:
         """Whether the maps of samples `rows` stay at their radii, in all directions."""
@@ -285,7 +286,7 @@ def e_robustness(
         direction = torch.arange(directions, device=rows.device).repeat(len(rows))
         distance = []
         for s, d in zip(sample.split(size), direction.split(size), strict=True):
-            moved = inputs[s] + _spread(radius[s], inputs) * towards[d]
+            moved = inputs[s] + spread(radius[s], inputs) * towards[d]
             maps, known = explain_pixels(explain, moved, s, "explain")
             distance.append(torch.where(known, 1 - correlation(own_ranks[s], ranks(maps)), torch.nan))
         return (torch.cat(distance).view(-1, directions) < threshold).all(dim=1)
@@ -327,13 +328,3 @@ def e_robustness(
 def _explain_all(explain: Explain, inputs: Tensor, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
     parts = [explain_pixels(explain, inputs[i], i, "explain") for i in index.split(size)]
     return torch.cat([values for values, _ in parts]), torch.cat([finite for _, finite in parts])
-
-
-def _norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
-    return norm
-
-
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    """(n,) as (n, 1, ..., 1)."""
-    return values.view(-1, *[1] * (like.ndim - 1))

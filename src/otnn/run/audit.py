@@ -20,7 +20,7 @@ from otnn.run.progress import counting
 from otnn.run.train import dataset_of, make_loss, versions
 from otnn.transport import Audit, PotentialAudit, audit
 from otnn.transport.audit import SAMPLES
-from otnn.transport.measures import QUANTILES, values_and_gradients
+from otnn.transport.measures import QUANTILES, values_and_gradients, values_of
 from otnn.transport.verdict import gaps, verdict
 
 PICTURES = 8
@@ -153,7 +153,7 @@ def _partner(entry: PotentialAudit, data: Split, turn: int) -> dict[str, Any]:
     image, target = data.images[sample].double(), data.images[partner].double()
     value, gradient = values_and_gradients(entry.function, image.unsqueeze(0))
     step = image - value[0] * gradient[0]
-    after, _ = values_and_gradients(entry.function, step.unsqueeze(0))
+    after = values_of(entry.function, step.unsqueeze(0))
     norm, length = float(gradient.norm()), float((image - target).norm())
     unit = gradient[0] / norm if norm > 0 else gradient[0]
     way = (image - target) * (1.0 if positive else -1.0)

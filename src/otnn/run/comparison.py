@@ -14,7 +14,8 @@ from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
 from otnn.metrics import Cost, Explain, MetricResult, cost_of
 from otnn.metrics.result import summarise
-from otnn.models import Classifier
+from otnn.models import Classifier, predict
+from otnn.run.fit import scores_of
 
 # The row of the distance between the maps of these two methods, which the paper takes
 PAIR, PAIRED = "saliency-smoothgrad", ("saliency", "smoothgrad")
@@ -64,13 +65,9 @@ class Subject:
         seed: int,
         settings: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        from otnn.models import predict
-
         self.name, self.model, self.inputs, self.score, self.seed = name, model, inputs, score, seed
         self._settings = settings
-        with torch.no_grad():
-            outputs = torch.cat([model(part) for part in inputs.split(64)])
-        self.scorer = Scorer(model, inputs, predict(outputs), score)
+        self.scorer = Scorer(model, inputs, predict(scores_of(model, inputs, 64)), score)
         self.maps: dict[str, Tensor] = {}
 
     def settings(self, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from otnn.batches import sample_norm, spread
 from otnn.data import Split
 from otnn.errors import InputError
 from otnn.lipschitz import bound
@@ -159,7 +160,7 @@ def attacked(
     model.eval()
     noise = torch.randn(images.shape, generator=generator).to(images)
     length = torch.rand(len(images), generator=generator).to(images) ** (1 / images[0].numel())
-    moved = _within(images, images + _unit(noise) * (radius * length).view(-1, 1, 1, 1), radius)
+    moved = _within(images, images + _unit(noise) * spread(radius * length, images), radius)
     for _ in range(steps):
         moved.requires_grad_()
         (gradient,) = torch.autograd.grad(loss(model(moved), labels), moved)
@@ -171,14 +172,14 @@ def attacked(
 def _within(images: Tensor, moved: Tensor, radius: float) -> Tensor:
     """Points brought back into the ball around each image, and then into [0, 1], which keeps them in the ball."""
     way = moved - images
-    length = torch.linalg.vector_norm(way.flatten(1), dim=1).view(-1, 1, 1, 1)
+    length = spread(sample_norm(way), way)
     inside: Tensor = images + way * (radius / length.clamp(min=radius))
     return inside.clamp(0, 1)
 
 
 def _unit(directions: Tensor) -> Tensor:
     """Each direction divided by its L2 norm; 0 stays 0."""
-    length = torch.linalg.vector_norm(directions.flatten(1), dim=1).view(-1, 1, 1, 1)
+    length = spread(sample_norm(directions), directions)
     return directions / torch.where(length > 0, length, 1.0)
 
 

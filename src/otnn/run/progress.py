@@ -75,11 +75,7 @@ def steps_bar(name: str, steps: int) -> Iterator[Callable[[int, Tensor], None]]:
 @contextmanager
 def status(message: str) -> Iterator[None]:
     """Say what is being done while it lasts."""
-    if console.is_terminal:
-        with console.status(Text(message)):
-            yield
-    else:
-        console.print(message, soft_wrap=True)
+    with counting(message):
         yield
 
 

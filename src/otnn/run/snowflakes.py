@@ -283,7 +283,7 @@ def _percent(found: Measures) -> str:
     return "-" if found.gap is None else f"{100 * found.gap:.2g} %"
 
 
-def figure(content: Mapping[str, Any], network: str, bar: "Bar") -> float | None:
+def figure(content: Mapping[str, Any], network: str, bar: Bar) -> float | None:
     """What a network reached of a figure; None where it has none."""
     value: Any = content
     for key in (*bar.table, network, *bar.path):

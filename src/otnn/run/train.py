@@ -166,8 +166,8 @@ def fingerprint(dataset: Dataset) -> str:
     """SHA-256 of the classes, the training and the test split: whether figures of one run speak of the same images."""
     digest = hashlib.sha256(json.dumps(dataset.classes).encode())
     for split in (dataset.train, dataset.test):
-        digest.update(split.labels.numpy().tobytes())
-        digest.update(split.images.numpy().tobytes())
+        for tensor in (split.labels, split.images):
+            digest.update(tensor.contiguous().numpy().data)  # no copy: a training split may fill the memory
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ pair, which describes the network and proves nothing.
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
@@ -23,7 +23,7 @@ from otnn.losses import HKRLoss, KRLoss, Loss, OneVsAllHKRLoss, SoftHKRLoss, Tem
 from otnn.models import Classifier, check_model
 from otnn.potential import label_distances, pair_distances, pair_potential
 from otnn.transport.flow import check_budget
-from otnn.transport.measures import Function, Measures, measure
+from otnn.transport.measures import Function, Measures, measure, values_of
 from otnn.transport.problem import TransportProblem
 from otnn.transport.solution import TransportSolution
 from otnn.transport.solver import MEMORY_BUDGET, Round, solve
@@ -314,16 +314,17 @@ def _potentials(model: Classifier, loss: Loss | None, names: tuple[str, ...]) ->
         scale = float(distances[own, rival])
         if scale == 0:
             raise InputError(f"classes {names[own]} and {names[rival]}: their rows of the head are equal")
-        common = {
-            "name": f"{names[own]} against {names[rival]}",
-            "function": partial(_pair, model, own, rival, distances),
-            "lipschitz": scale,
-            "positive": (own,),
-            "negative": (rival,),
-        }
+        plain = _Potential(
+            name=f"{names[own]} against {names[rival]}",
+            exact=isinstance(loss, KRLoss),
+            function=partial(_pair, model, own, rival, distances),
+            lipschitz=scale,
+            positive=(own,),
+            negative=(rival,),
+        )
         if isinstance(loss, HKRLoss):
-            yield _Potential(
-                **common,  # type: ignore[arg-type]
+            yield replace(
+                plain,
                 exact=True,
                 hinge_weight=loss.hinge_weight,
                 margin=float(loss.margin.detach()) / scale,
@@ -334,15 +335,9 @@ def _potentials(model: Classifier, loss: Loss | None, names: tuple[str, ...]) ->
             # M = (z_t - z_j) / 2 for a pair: with g = (z_t - z_j) / scale the loss is scale / 2 times the binary one
             margins = loss.margin.detach().expand(model.classes)
             margin = float(margins[own] + margins[rival]) / scale
-            yield _Potential(
-                **common,  # type: ignore[arg-type]
-                exact=False,
-                hinge_weight=loss.hinge_weight,
-                margin=margin,
-                prior=0.5,
-            )
-        else:  # plain transport: the other forms of soft hKR are none of a pair potential
-            yield _Potential(**common, exact=isinstance(loss, KRLoss))  # type: ignore[arg-type]
+            yield replace(plain, hinge_weight=loss.hinge_weight, margin=margin, prior=0.5)
+        else:  # the other forms of soft hKR are none of a pair potential
+            yield plain
 
 
 def _one_vs_all(
@@ -375,12 +370,11 @@ def _score(model: Classifier, own: int, constant: float, inputs: Tensor) -> Tens
     return scores[:, own] / constant
 
 
-@torch.no_grad()
 def _bracket(function: Function, x: Tensor, z: Tensor, generator: torch.Generator) -> Bracket | None:
     size = min(_MINIBATCH, min(len(x), len(z)) // _MINIBATCHES)
     if size < 2:
         return None
-    f_x, f_z = (torch.cat([function(part.double()) for part in side.split(256)]).cpu() for side in (x, z))
+    f_x, f_z = (values_of(function, side.double()) for side in (x, z))
     kr = float(f_x.mean() - f_z.mean())
     error = math.sqrt(float(f_x.var() / len(f_x) + f_z.var() / len(f_z)))
     orders = [torch.randperm(len(side), generator=generator)[: _MINIBATCHES * size] for side in (x, z)]

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from otnn.batches import sample_norm, spread
 from otnn.errors import InputError
 from otnn.transport.costs import pair_distances
 from otnn.transport.problem import TransportProblem
@@ -149,13 +150,13 @@ def measure(
     loss = problem.loss(f_x, f_z, margin)
     samples = torch.cat([problem.sample_weight_x, problem.sample_weight_z])
     ends = [
-        _values(function, part - _times(f, gradient), batch_size).abs() <= REACHED * f.abs()
+        values_of(function, part - spread(f, gradient) * gradient, batch_size).abs() <= REACHED * f.abs()
         for part, f, gradient in ((x, f_x, gradient_x), (z, f_z, gradient_z))
     ]
     pairs = _Pairs(flat_x, flat_z, solution.rows, solution.columns, solution.mass)
     apart = pairs.apart()
     i, j, weight, length = apart.rows, apart.columns, apart.mass, apart.length
-    norm_x, norm_z = _norm(gradient_x), _norm(gradient_z)
+    norm_x, norm_z = sample_norm(gradient_x), sample_norm(gradient_z)
     best_x, best_z = (
         values_and_gradients(partial(_optimal, solution, label), part, batch_size)[1]
         for part, label in ((x, 1), (z, 0))
@@ -225,7 +226,8 @@ def values_and_gradients(function: Function, inputs: Tensor, batch_size: int = _
 
 
 @torch.no_grad()
-def _values(function: Function, inputs: Tensor, batch_size: int) -> Tensor:
+def values_of(function: Function, inputs: Tensor, batch_size: int = _BATCH) -> Tensor:
+    """Values f (n,) at every input, by batches, as float64 on the CPU."""
     return torch.cat([function(batch).double().cpu() for batch in inputs.split(batch_size)])
 
 
@@ -252,7 +254,7 @@ class _Pairs:
 
     def cosines(self, gradient: Tensor, at: Tensor) -> Tensor:
         """Cosine of the gradient (n, ...) at one end of each pair with x - z; 0 where the gradient is 0."""
-        flat, norm = gradient.flatten(1), _norm(gradient)[at]
+        flat, norm = gradient.flatten(1), sample_norm(gradient)[at]
         products = [
             ((self.x[i] - self.z[j]) * flat[k]).sum(dim=1) for i, j, k in self._chunks(self.rows, self.columns, at)
         ]
@@ -286,7 +288,7 @@ def _along(
     for k in range(positions):
         points = x - (k + 0.5) / positions * way
         _, gradient = values_and_gradients(function, points.view(-1, *shape), batch_size)
-        norm = _norm(gradient)
+        norm = sample_norm(gradient)
         product = (gradient.flatten(1) * unit).sum(dim=1)
         cosines.append(torch.where(norm > 0, product / torch.where(norm > 0, norm, 1.0), 0.0))
         norms.append(norm)
@@ -336,12 +338,3 @@ def _optimal(solution: TransportSolution, label: int, points: Tensor) -> Tensor:
 def _share(weights: Tensor, total: float) -> float:
     """The sum of some weights over that of all, at most 1 whatever the rounding."""
     return min(1.0, float(weights.sum()) / total)
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    return norm
-
-
-def _times(values: Tensor, tensors: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (tensors.ndim - 1)) * tensors
