@@ -17,6 +17,7 @@ from PIL import Image
 import otnn.run.compare
 from otnn import metrics
 from otnn.cli import main
+from otnn.cli.tables import compare_tables
 from otnn.errors import InputError
 from otnn.explain import attribute
 from otnn.explain.scores import Scorer
@@ -32,7 +33,6 @@ from otnn.run.explain import explain_gallery
 from otnn.run.folder import Run, open_run
 from otnn.run.standings import Cells, mark_best, paired_tests, quality
 from otnn.run.train import dataset_of, train
-from otnn.tables import compare_tables
 
 SOME = ("saliency", "guided_backprop", "smoothgrad")
 
