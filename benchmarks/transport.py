@@ -6,16 +6,13 @@ python -m benchmarks.transport    2,000 x 2,000 samples in 784 dimensions, and h
 plain problem alone. Ratios are of times of the same round. The bar is 6 x.
 """
 
-import gc
 import io
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import ot
@@ -27,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from benchmarks.timing import Json, peak_memory, ratios, spread, timed
 from otnn.data import load
 from otnn.errors import InputError
 from otnn.files import json_bytes, write_whole
@@ -38,7 +36,6 @@ from otnn.transport.flow import required_memory
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 console = Console(stderr=True, highlight=False, markup=False)
 
-Json = dict[str, Any]
 Floats = NDArray[np.float64]
 
 BAR = 6.0
@@ -150,8 +147,8 @@ def compare(x: Tensor, z: Tensor, rounds: int, naive: bool, advance: Callable[[]
     report: Json = {
         "samples": [len(x), len(z)],
         "w1": w1,
-        "seconds": {name: _spread(times) for name, times in seconds.items()},
-        "ratio to ot.emd": {name: _spread(_ratios(seconds[name], seconds[EMD])) for name in forms},
+        "seconds": {name: spread(times) for name, times in seconds.items()},
+        "ratio to ot.emd": {name: spread(ratios(seconds[name], seconds[EMD])) for name in forms},
         "problems": {name: _facts(*found) for name, found in solved.items()},
         "relative difference": {"ot.emd": abs(solved[PLAIN][0].value + w1) / w1},
     }
@@ -188,8 +185,8 @@ def growth(n: int, dims: int, seed: int, rounds: int) -> Json:
     return {
         "n": n,
         "dims": dims,
-        "seconds": {name: _spread(times) for name, times in seconds.items()},
-        "ratio to ot.emd": {name: _spread(_ratios(seconds[name], seconds[EMD])) for name in (PLAIN, LEARNED)},
+        "seconds": {name: spread(times) for name, times in seconds.items()},
+        "ratio to ot.emd": {name: spread(ratios(seconds[name], seconds[EMD])) for name in (PLAIN, LEARNED)},
         LEARNED: facts,
         "peak bytes": memory[0],
         "estimated bytes": required_memory(n, n, x.shape[1]),
@@ -202,36 +199,6 @@ def exponents(grown: Sequence[Json]) -> Json:
         f"{dims} dimensions": {name: _slope(*_curve(grown, dims, name)) for name in (PLAIN, LEARNED, EMD)}
         for dims in DIMS
     }
-
-
-@contextmanager
-def timed(times: list[float]) -> Iterator[None]:
-    """Append the seconds that the block takes, without those of the garbage collector."""
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        yield
-        times.append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[int | None]]:
-    """Bytes that the block took at most, beyond what the process held before it; None where Linux does not say."""
-    result: list[int | None] = []
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
-        before = _high_water()
-    except OSError:
-        before = None
-    yield result
-    result.append(None if before is None else _high_water() - before)
-
-
-def _high_water() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 # --- what is timed -----------------------------------------------------------------------------------------------
@@ -297,14 +264,6 @@ def _facts(solution: TransportSolution, rounds: int) -> Json:
         "pairs": len(solution.mass),
         "rounds": rounds,
     }
-
-
-def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [one / other for one, other in zip(times, others, strict=True)]
-
-
-def _spread(values: Sequence[float]) -> Json:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def _curve(grown: Sequence[Json], dims: int, name: str) -> tuple[list[int], list[float]]:
