@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from otnn.models import Classifier
+
 
 class Counting(nn.Module):
     """Passes on to a module, and counts the samples that go forward and backward."""
@@ -46,3 +48,16 @@ def relu_net(outputs: int = 4) -> nn.Module:
 
 def images(count: int, channels: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def classifier(weight: Tensor, bias: Tensor, body: nn.Module | None = None, *, multilabel: bool = False) -> Classifier:
+    """A classifier of 1 x 1 x d images in float64, linear in what the body makes of the d values."""
+    head = nn.Linear(weight.shape[1], len(weight)).double()
+    head.weight.data, head.bias.data = weight.double(), bias.double()
+    layers = [nn.Flatten()] if body is None else [nn.Flatten(), body]
+    return Classifier(nn.Sequential(*layers), head, (1, 1, weight.shape[1]), multilabel=multilabel).eval()
+
+
+def rows(*values: list[float]) -> Tensor:
+    """1 x 1 x d images in float64."""
+    return torch.tensor(values, dtype=torch.float64).view(len(values), 1, 1, -1)

@@ -1,7 +1,15 @@
-"""Metrics of explanations: fidelity, robustness, stability, complexity, randomisation and localisation."""
+"""Metrics: fidelity, robustness, stability, complexity, randomisation, localisation; measures of counterfactuals."""
 
 from otnn.metrics.complexity import entropy, gini, jpeg_bytes
 from otnn.metrics.cost import Cost, cost_of
+from otnn.metrics.counterfactuals import (
+    concentration,
+    data_distance,
+    distance_over_radius,
+    independent_score,
+    tightness,
+    validity,
+)
 from otnn.metrics.fidelity import deletion, insertion, mu_fidelity
 from otnn.metrics.localization import (
     BlockImages,
@@ -32,14 +40,18 @@ __all__ = [
     "bootstrap_interval",
     "box_regions",
     "compare_paired",
+    "concentration",
     "cost_of",
+    "data_distance",
     "deletion",
+    "distance_over_radius",
     "e_robustness",
     "entropy",
     "explanation_distance",
     "gini",
     "holm",
     "human_alignment",
+    "independent_score",
     "insertion",
     "jpeg_bytes",
     "layers_from_top",
@@ -50,5 +62,7 @@ __all__ = [
     "pointing_game",
     "robustness_sr",
     "spearman",
+    "tightness",
     "top_share",
+    "validity",
 ]

@@ -18,7 +18,7 @@ from otnn.run.config import Config, from_mapping
 from otnn.run.folder import Run
 from otnn.run.progress import counting
 from otnn.run.train import dataset_of, make_loss, versions
-from otnn.transport import Audit, PotentialAudit, audit
+from otnn.transport import Audit, PotentialAudit, audit, plan_partner
 from otnn.transport.audit import SAMPLES
 from otnn.transport.measures import QUANTILES, values_and_gradients, values_of
 from otnn.transport.verdict import gaps, verdict
@@ -141,15 +141,11 @@ def partners(found: Audit, data: Split, count: int = PICTURES) -> dict[str, Any]
 def _partner(entry: PotentialAudit, data: Split, turn: int) -> dict[str, Any]:
     """The sample number `turn` of one side, its partner that the plan gives most, and both steps of the gradient."""
     positive = turn % 2 == 0
-    solution = entry.solution
-    ends = (solution.rows, solution.columns)
-    own, other = ends if positive else ends[::-1]
-    own_index, other_index = entry.indices if positive else entry.indices[::-1]
+    own_index = entry.indices[0 if positive else 1]
     # spread over the sample; each is carried at least once, so it has a partner
-    k = (turn * len(own_index)) // PICTURES
-    pairs = (own == k).nonzero().squeeze(1)
-    best = pairs[solution.mass[pairs].argmax()]
-    sample, partner = int(own_index[k]), int(other_index[other[best]])
+    sample = int(own_index[(turn * len(own_index)) // PICTURES])
+    best = plan_partner(entry.solution, torch.tensor([sample]), entry.indices)
+    partner = int(best.partner)
     image, target = data.images[sample].double(), data.images[partner].double()
     value, gradient = values_and_gradients(entry.function, image.unsqueeze(0))
     step = image - value[0] * gradient[0]
@@ -170,7 +166,7 @@ def _partner(entry: PotentialAudit, data: Split, turn: int) -> dict[str, Any]:
         "potential": float(value[0]),
         "potential_after": float(after[0]),
         "distance": length,
-        "share": float(solution.mass[best] / solution.mass[pairs].sum()),
+        "share": float(best.share),
         "cosine": float((unit * way).sum() / length) if length > 0 else float("nan"),
     }
 

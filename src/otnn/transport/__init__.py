@@ -2,6 +2,7 @@
 
 from otnn.transport.audit import Audit, PotentialAudit, audit
 from otnn.transport.measures import Measures, measure
+from otnn.transport.partners import Partners, plan_partner
 from otnn.transport.problem import TransportProblem
 from otnn.transport.solution import TransportSolution
 from otnn.transport.solver import Round, solve
@@ -9,11 +10,13 @@ from otnn.transport.solver import Round, solve
 __all__ = [
     "Audit",
     "Measures",
+    "Partners",
     "PotentialAudit",
     "Round",
     "TransportProblem",
     "TransportSolution",
     "audit",
     "measure",
+    "plan_partner",
     "solve",
 ]
