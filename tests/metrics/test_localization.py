@@ -54,6 +54,21 @@ def test_boxes() -> None:
     assert regions[0].nonzero().tolist() == [[2, 1], [2, 2], [2, 3]]
     assert regions[1].nonzero().tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]]
     assert regions[2].nonzero().tolist() == [[0, 1]]
+    assert not box_regions(torch.zeros(1, 4), (4, 5)).any()  # no box
+
+
+def test_a_sample_without_a_region_is_left_out() -> None:
+    maps, regions = images(3, 1, 4, 4), images(3, 4, 4) > 0.5
+    whole = top_share(maps, regions, share=0.3), pointing_game(maps, regions)
+    regions[1] = False
+    for result, all_of_them in zip(
+        (top_share(maps, regions, share=0.3), pointing_game(maps, regions)), whole, strict=True
+    ):
+        kept = all_of_them.per_sample[::2]
+        assert torch.equal(result.per_sample[::2], kept)
+        assert result.per_sample[1].isnan()
+        assert (result.mean, result.undefined) == (pytest.approx(float(kept.mean())), 1)
+        assert "a sample without a region" in result.counted_as
 
 
 @settings(deadline=None, max_examples=20)

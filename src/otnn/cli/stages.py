@@ -103,9 +103,7 @@ def audit(
 
 def compare(
     run: RunFolder,
-    profile: Annotated[
-        str, typer.Option(help="quick, or full: all methods, and all metrics of the run alone.")
-    ] = "quick",
+    profile: Annotated[str, typer.Option(help="quick, or full: all methods and all metrics.")] = "quick",
     methods: Annotated[str | None, typer.Option(help="Others than those of the profile, with commas.")] = None,
     metrics: Annotated[str | None, typer.Option(help="Others than those of the profile, with commas.")] = None,
     samples: Annotated[int, typer.Option(help="Test images, drawn at random.", min=1)] = 100,

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from otnn.errors import InputError
 
 Bytes = NDArray[np.uint8]
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 WIDE_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -39,12 +40,19 @@ def decode(data: bytes, height: int, width: int) -> Bytes:
     Raises:
         BrokenImageError: where the bytes hold no such image.
     """
+    return decode_sized(data, height, width)[0]
+
+
+def decode_sized(data: bytes, height: int, width: int) -> tuple[Bytes, tuple[int, int]]:
+    """As `decode`, with the (width, height) that the upright picture had before it was cropped and resized."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            wide, high = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
             # JPEG decodes at a fraction of its size; twice the target leaves the resize its antialiasing
             image.draft(None, (2 * max(height, width),) * 2)
             upright = ImageOps.exif_transpose(image)
-            return np.asarray(fit(_plain(upright), height, width))
+            return np.asarray(fit(_plain(upright), height, width)), (high, wide) if turned else (wide, high)
     except BrokenImageError:
         raise
     except MemoryError as error:

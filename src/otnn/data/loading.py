@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from otnn.data.boxes import read_boxes
 from otnn.data.digits import read_digits
 from otnn.data.folders import read_folder
 from otnn.data.hub import read_hub
@@ -51,7 +52,8 @@ def load(
 
     The validation split is a stratified share of the train split (or the data set's own, where it has train,
     validation and test), and the test split a stratified fifth where the data set has none; both are fixed,
-    whatever the seed of training. Colour images have three channels; where all are grey they have one.
+    whatever the seed of training. Colour images have three channels; where all are grey they have one. Metadata
+    with columns x0, y0, x1, y1 (the first and last pixel inside a box, counted from 0) give `Split.boxes`.
 
     Args:
         name: "digits", "mnist", "fashion-mnist", "celeba10k", "catdog", "tinyimagenet10", an image folder or
@@ -64,7 +66,7 @@ def load(
         skip_broken: leave out images that cannot be decoded, instead of refusing.
 
     Raises:
-        InputError: where the data set, a class, an attribute or an image cannot be used.
+        InputError: where the data set, a class, an attribute, a box or an image cannot be used.
 
     >>> pair = load("digits", classes=["8", "0"], size=12)
     >>> pair.classes, tuple(pair.test.images.shape), pair.test.labels.bincount().tolist()
@@ -195,11 +197,12 @@ def _dataset(
     skip_broken: bool,
 ) -> Dataset:
     """Decode, cut the validation split off where there is none, and turn bytes into floats."""
-    pixels, labels = {}, {}
+    pixels, labels, boxes = {}, {}, {}
     broken: list[str] = []
     for split, (part, rows, found) in samples.items():
         decoded = part.store.decode(rows, size, skip_broken)
         pixels[split], labels[split] = decoded.pixels, found[decoded.kept]
+        boxes[split] = read_boxes(part, rows[decoded.kept], decoded.sizes, size)
         broken += decoded.broken
         _check_classes(labels[split], names, split, name)
     channels = 1 if all(_is_grey(images) for images in pixels.values()) else 3
@@ -209,10 +212,14 @@ def _dataset(
         kept, held = stratified(labels["train"], validation_share, names, "validation")
         rows_of |= {"train": kept, "validation": held}
         origin["validation"] = "train"
-    splits = {
-        split: Split(_floats(pixels[of][rows_of[split], :channels]), torch.from_numpy(labels[of][rows_of[split]]))
-        for split, of in origin.items()
-    }
+    splits = {}
+    for split, of in origin.items():
+        rows, places = rows_of[split], boxes[of]
+        splits[split] = Split(
+            _floats(pixels[of][rows, :channels]),
+            torch.from_numpy(labels[of][rows]),
+            None if places is None else torch.from_numpy(places[rows]),
+        )
     return Dataset(name, names, splits["train"], splits["validation"], splits["test"], tuple(broken))
 
 

@@ -16,10 +16,15 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, height, width), float32 in [0, 1], and their labels (n,), int64."""
+    """Images (n, channels, height, width), float32 in [0, 1], and their labels (n,), int64.
+
+    `boxes` (n, 4), int64, say where the object is, where the metadata tell: left, top, right, bottom in pixels of
+    `images`, right and bottom outside; four zeros for an image without a box.
+    """
 
     images: Tensor
     labels: Tensor
+    boxes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from otnn.data.images import BrokenImageError, decode, fit, quiet_decoding
+from otnn.data.images import BrokenImageError, decode_sized, fit, quiet_decoding
 from otnn.data.splits import Indices
 from otnn.errors import InputError
 
@@ -23,10 +23,14 @@ PATIENCE = 2.0  # seconds until the progress bar appears
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images (n, channels, size, size), uint8 or float32 in [0, 1], of the samples at `kept`."""
+    """Images (n, channels, size, size), uint8 or float32 in [0, 1], of the samples at `kept`.
+
+    `sizes` (n, 2) are the width and height that they had.
+    """
 
     pixels: Array
     kept: Indices
+    sizes: Indices
     broken: tuple[str, ...] = ()
 
 
@@ -57,7 +61,8 @@ class Pixels:
             for row, image in zip(resized, chosen, strict=True):
                 row[:] = np.asarray(fit(Image.fromarray(image), size, size))
             chosen = resized
-        return Decoded(chosen[:, None], np.arange(len(indices)))
+        sizes = np.tile(np.array(self.array.shape[:0:-1], np.int64), (len(indices), 1))
+        return Decoded(chosen[:, None], np.arange(len(indices)), sizes)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Files:
             InputError: at the first broken image, by name, unless `skip_broken`.
         """
         pixels = np.empty((len(indices), 3, size, size), np.uint8)
+        sizes = np.zeros((len(indices), 2), np.int64)
         fine = np.ones(len(indices), dtype=bool)
 
         with self.open() as read, quiet_decoding(), _progress(len(indices)) as advance:
@@ -86,7 +92,7 @@ class Files:
                 for row in range(start, stop):
                     name = self.names[indices[row]]
                     try:
-                        image = _decoded(read, int(indices[row]), size)
+                        image, sizes[row] = _decoded(read, int(indices[row]), size)
                     except BrokenImageError as error:
                         if not skip_broken:
                             raise InputError(
@@ -102,18 +108,18 @@ class Files:
                 for count in pool.map(fill, range(0, len(indices), CHUNK)):
                     advance(count)
         if fine.all():
-            return Decoded(pixels, np.arange(len(indices)))
+            return Decoded(pixels, np.arange(len(indices)), sizes)
         broken = tuple(self.names[i] for i in indices[~fine])
-        return Decoded(pixels[fine], np.flatnonzero(fine), broken)
+        return Decoded(pixels[fine], np.flatnonzero(fine), sizes[fine], broken)
 
 
-def _decoded(read: Callable[[int], bytes], index: int, size: int) -> NDArray[np.uint8]:
+def _decoded(read: Callable[[int], bytes], index: int, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     try:
         data = read(index)
     # a missing file, or a damaged or encrypted entry of a zip, which raise errors of many types
     except Exception as error:
         raise BrokenImageError(str(error).split("\n")[0].strip("'\"") or type(error).__name__) from error
-    return decode(data, size, size)
+    return decode_sized(data, size, size)
 
 
 @contextmanager

@@ -13,13 +13,15 @@ from otnn.metrics.statistics import spearman
 
 # Spearman correlation between the maps of two halves of the human subjects; Fel et al. (2022)
 HUMAN_CEILING = 0.65753
+_LEFT_OUT = "a map that is not finite and a sample without a region are left out"
 
 
 def box_regions(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes as regions of pixels.
 
     Args:
-        boxes: (n, 4) left, top, right, bottom in pixels; right and bottom are outside.
+        boxes: (n, 4) left, top, right, bottom in pixels; right and bottom are outside. Four zeros are no box, whose
+            region is empty, as in `otnn.data.Split`.
         size: (height, width).
 
     Returns:
@@ -39,7 +41,7 @@ def box_regions(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     row = torch.arange(size[0], device=boxes.device).view(1, -1, 1)
     column = torch.arange(size[1], device=boxes.device).view(1, 1, -1)
     regions: Tensor = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-    empty = ~regions.flatten(1).any(dim=1)
+    empty = ~regions.flatten(1).any(dim=1) & (boxes != 0).any(dim=1)
     if bool(empty.any()):
         bad = int(empty.nonzero()[0])
         raise InputError(f"boxes: box {bad}, {boxes[bad].tolist()}, holds no pixel of a picture of {size}")
@@ -51,8 +53,8 @@ def top_share(
 ) -> MetricResult:
     """Share of the top pixels that lie in the region. In [0, 1], higher is better.
 
-    A constant map has a random order; it counts as that and is told in `undefined`. A map that is not finite is left
-    out.
+    A constant map has a random order; it counts as that and is told in `undefined`. A map that is not finite, and a
+    sample whose region is empty, are left out.
 
     Args:
         attribution: (n, channels, height, width).
@@ -109,11 +111,11 @@ def _share(
     found = (top & inside).sum(dim=1).double() / count
     return summarise(
         name,
-        torch.where(finite, found, torch.nan),
+        torch.where(finite & inside.any(dim=1), found, torch.nan),
         direction,
         signed=False,
-        undefined=is_constant(values),
-        counted_as="a random order of the pixels; a map that is not finite is left out",
+        undefined=is_constant(values) | ~inside.any(dim=1),
+        counted_as=f"a random order of the pixels; {_LEFT_OUT}",
         settings={"share": share},
     )
 
@@ -121,8 +123,8 @@ def _share(
 def pointing_game(attribution: Tensor, regions: Tensor, *, generator: torch.Generator | None = None) -> MetricResult:
     """Whether the highest pixel lies in the region: 1 or 0, higher is better.
 
-    A constant map points at random; it counts as that and is told in `undefined`. A map that is not finite is left out.
-    Zhang et al. (2018).
+    A constant map points at random; it counts as that and is told in `undefined`. A map that is not finite, and a
+    sample whose region is empty, are left out. Zhang et al. (2018).
 
     Args:
         attribution: (n, channels, height, width).
@@ -141,11 +143,11 @@ def pointing_game(attribution: Tensor, regions: Tensor, *, generator: torch.Gene
     hit = ((pixel_ranks(values, generator) == 0) & inside).any(dim=1).double()
     return summarise(
         "pointing_game",
-        torch.where(finite, hit, torch.nan),
+        torch.where(finite & inside.any(dim=1), hit, torch.nan),
         "up",
         signed=False,
-        undefined=is_constant(values),
-        counted_as="a random pixel; a map that is not finite is left out",
+        undefined=is_constant(values) | ~inside.any(dim=1),
+        counted_as=f"a random pixel; {_LEFT_OUT}",
     )
 
 

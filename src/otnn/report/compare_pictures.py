@@ -102,12 +102,12 @@ def pareto_picture(content: Mapping[str, Any]) -> bytes:
         )
     front = sorted((point["forwards"], point["mean_rank"]) for point in points if point["front"])
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linewidth=1, zorder=1)
-    axes.set_xscale("log")
     axes.margins(x=0.25)
     axes.invert_yaxis()
     axes.set_xlabel("forwards for one map")
     axes.set_ylabel("mean rank over the metrics (1 is best)")
     if points:
+        axes.set_xscale("log")
         axes.legend(fontsize=9)
     else:
         axes.text(0.5, 0.5, "nothing to rank", ha="center", transform=axes.transAxes)

@@ -15,10 +15,11 @@ from otnn.explain.methods import complete_settings
 from otnn.files import json_bytes
 from otnn.metrics import MetricResult
 from otnn.report.compare_pictures import maps_picture, pareto_picture
-from otnn.run.comparison import METRICS, PAIR, PAIRED, PROFILES, Profile, Subject
+from otnn.run.comparison import METRICS, PAIR, PAIRED, PROFILES, Profile
 from otnn.run.folder import Run
 from otnn.run.progress import tasks_bar, tell
 from otnn.run.standings import Cells, csv_bytes, mark_best, number, paired_tests, quality, verdict
+from otnn.run.subject import Subject
 from otnn.run.train import dataset_of, versions
 
 PICTURES = 4
@@ -45,8 +46,7 @@ def compare_run(
     Args:
         run: an opened run.
         dataset: its data, if they are at hand already.
-        profile: "quick", gradient methods and cheap metrics with fewer samples; or "full", all methods and all metrics
-            that need no extra data.
+        profile: "quick", gradient methods and cheap metrics with fewer samples; or "full", all methods and all metrics.
         methods: names of `otnn.explain.METHODS`; those of the profile by default.
         metrics: names of `otnn.run.comparison.METRICS`; those of the profile by default.
         samples: test images, at most.
@@ -68,7 +68,10 @@ def compare_run(
     test = dataset.test
     index = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:samples]
     images = test.images[index].to(device)
-    subjects = [Subject(name, run.network(name, device), images, score, seed, chosen.settings) for name in run.networks]
+    boxes = None if test.boxes is None else test.boxes[index].to(device)
+    subjects = [
+        Subject(name, run.network(name, device), images, score, seed, chosen.settings, boxes) for name in run.networks
+    ]
     reasons = {(s.name, method): s.reason(method) for s in subjects for method in chosen.methods}
     told = [estimate(s, chosen, [m for m in chosen.methods if reasons[s.name, m] is None]) for s in subjects]
     tell(estimate_text(run, told, chosen, len(images)))
@@ -86,6 +89,7 @@ def compare_run(
         "metrics": list(chosen.metrics),
         "settings": {name: dict(values) for name, values in chosen.settings.items()},
         "images": index.tolist(),
+        "box_area": box_area(subjects[0]),
         "targets": {s.name: s.scorer.target.tolist() for s in subjects},
         "columns": [
             {"name": column, "metric": name, "meaning": meaning, "confounded": METRICS[name].confounded.get(column)}
@@ -107,6 +111,14 @@ def compare_run(
     }
     run.write(files, {"seconds": {"compare": round(time.perf_counter() - start, 3)}})
     return content
+
+
+def box_area(subject: Subject) -> float | None:
+    """The mean share of the picture that the boxes cover, where there are boxes: what a random map scores in them."""
+    if subject.regions is None:
+        return None
+    areas = subject.regions.flatten(1).double().mean(dim=1)
+    return float(areas[areas > 0].mean()) if bool((areas > 0).any()) else None
 
 
 def choose(profile: str, methods: Sequence[str] | None, metrics: Sequence[str] | None) -> Profile:
@@ -207,7 +219,9 @@ def _run_all(
 def _cells(subject: Subject, name: str, methods: Sequence[str], reasons: dict[tuple[str, str], str | None]) -> Cells:
     """The cells of a metric: a row per method and column, those that do not apply with their reason."""
     metric = METRICS[name]
-    found = {scored.method: scored for scored in metric.run(subject)} if subject.maps or name == _PAIRS else {}
+    reason = metric.reason(subject)
+    runs = reason is None and (subject.maps or name == _PAIRS)
+    found = {scored.method: scored for scored in metric.run(subject)} if runs else {}
     rows: Cells = []
     for method in (PAIR,) if name == _PAIRS else methods:
         for column in metric.columns:
@@ -216,7 +230,7 @@ def _cells(subject: Subject, name: str, methods: Sequence[str], reasons: dict[tu
                 scored = found[method]
                 rows.append(row | _told(scored.results[column], scored.seconds))
             else:
-                rows.append(row | {"reason": reasons[subject.name, method]})
+                rows.append(row | {"reason": reasons.get((subject.name, method)) or reason})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What a comparison is made of: the metrics as columns, the profiles, and one network with its maps."""
+"""What a comparison is made of: the metrics as columns, and the profiles."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 
 from otnn import metrics
-from otnn.explain import METHODS, NotApplicableError, attribute, cost
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
-from otnn.explain.scores import Scorer
-from otnn.metrics import Cost, Explain, MetricResult, cost_of
+from otnn.explain import METHODS
+from otnn.metrics import Cost, MetricResult, cost_of
 from otnn.metrics.result import summarise
-from otnn.models import Classifier, predict
-from otnn.run.fit import scores_of
+from otnn.run.subject import Subject
 
 # The row of the distance between the maps of these two methods, which the paper takes
 PAIR, PAIRED = "saliency-smoothgrad", ("saliency", "smoothgrad")
-NETWORKS = {"otnn": "OTNN", "unconstrained": "unconstrained", "adversarial": "adversarial"}
-_REPEATS = 3
-# Forwards that a trial of a method may make, where one map has not more
-_TRIAL = 2048
 
 
 @dataclass(frozen=True)
@@ -38,113 +31,6 @@ class Profile:
     methods: tuple[str, ...]
     metrics: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]]
-
-
-class Subject:
-    """A network with the images that it explains, each for the class that the network predicts.
-
-    Args:
-        name: of the network.
-        model: in `eval()` mode.
-        inputs: (n, channels, height, width).
-        score: what is explained, see `otnn.explain.attribute`.
-        seed: of every draw: all methods, metrics and networks see the same masks and noise.
-        settings: of methods and metrics, by name.
-
-    Attributes:
-        scorer: of the predictions.
-        maps: method to maps, filled by `explain_all`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: Classifier,
-        inputs: Tensor,
-        score: str,
-        seed: int,
-        settings: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        self.name, self.model, self.inputs, self.score, self.seed = name, model, inputs, score, seed
-        self._settings = settings
-        self.scorer = Scorer(model, inputs, predict(scores_of(model, inputs, 64)), score)
-        self.maps: dict[str, Tensor] = {}
-
-    def settings(self, name: str) -> dict[str, Any]:
-        """Those of a method or metric that differ from its defaults."""
-        return dict(self._settings.get(name, {}))
-
-    def generator(self) -> torch.Generator:
-        """A new source of random numbers: the same ones every time."""
-        return torch.Generator().manual_seed(self.seed)
-
-    def explain(self, method: str) -> Explain:
-        """The method as a function of perturbed inputs and the samples that they came from."""
-
-        def maps(inputs: Tensor, index: Tensor) -> Tensor:
-            target = self.scorer.target[index]
-            settings = self.settings(method)
-            return attribute(
-                self.model, inputs, target, method, score=self.score, generator=self.generator(), **settings
-            )
-
-        return maps
-
-    def passes(self, method: str) -> tuple[int, int]:
-        """Forwards and backwards of one map."""
-        return cost(method, self.inputs, self.settings(method))
-
-    def reason(self, method: str) -> str | None:
-        """Why a method does not apply to this network, found on one image; None where it does."""
-        try:
-            self.passes(method)
-            if METHODS[method].applies != METHODS["occlusion"].applies:  # not "any model"
-                self.explain(method)(self.inputs[:1], torch.zeros(1, dtype=torch.long, device=self.inputs.device))
-        except NotApplicableError as error:
-            return str(error)
-        return None
-
-    def explain_all(self, method: str) -> float:
-        """Make the maps of a method, and return the seconds that they took."""
-        start = time.perf_counter()
-        self.maps[method] = self.explain(method)(self.inputs, torch.arange(len(self.inputs), device=self.inputs.device))
-        _wait(self.inputs)
-        return time.perf_counter() - start
-
-    def pace(self, method: str) -> float:
-        """The seconds of one map of a method, from those of a few images: a map takes more than its passes."""
-        count = max(1, min(len(self.inputs), _TRIAL // max(1, self.passes(method)[0]), 32))
-        explain, index = self.explain(method), torch.arange(count, device=self.inputs.device)
-        explain(self.inputs[:1], index[:1])
-        start = time.perf_counter()
-        explain(self.inputs[:count], index)
-        _wait(self.inputs)
-        return (time.perf_counter() - start) / count
-
-    def seconds(self) -> tuple[float, float]:
-        """The time of one image in a batched forward, and in a batched backward."""
-        count = min(256, chunk_size(self.inputs[:1], MEMORY_BUDGET, self.model, gradient=True))
-        index = torch.arange(count, device=self.inputs.device) % len(self.inputs)
-        batch = self.inputs[index]
-        forward, both = [], []
-        for _ in range(_REPEATS + 1):  # the first is left out: it warms up
-            start = time.perf_counter()
-            with torch.no_grad():
-                self.scorer(batch, index)
-            _wait(batch)
-            forward.append(time.perf_counter() - start)
-            leaf = batch.clone().requires_grad_()
-            start = time.perf_counter()
-            torch.autograd.grad(self.scorer(leaf, index).sum(), leaf)
-            _wait(batch)
-            both.append(time.perf_counter() - start)
-        once, twice = min(forward[1:]), min(both[1:])
-        return once / count, max(0.0, twice - once) / count
-
-
-def _wait(like: Tensor) -> None:
-    if like.device.type == "cuda":
-        torch.cuda.synchronize(like.device)
 
 
 class Scored(NamedTuple):
@@ -166,6 +52,7 @@ class Metric:
         shared: the forwards are made once for all methods.
         calls: of the function for each method, or for all where shared.
         confounded: why two networks cannot be told apart by it, by column; empty where they can.
+        reason: why it does not apply to a subject; None where it does.
     """
 
     columns: Mapping[str, str]
@@ -174,6 +61,7 @@ class Metric:
     shared: bool = False
     calls: int = 1
     confounded: Mapping[str, str] = field(default_factory=dict)
+    reason: Callable[[Subject], str | None] = lambda subject: None
 
     def cost(self, subject: Subject, methods: list[str]) -> list[tuple[str, Cost]]:
         """The passes for these methods, one by one, without those of the maps that are scored."""
@@ -303,6 +191,27 @@ def _robustness_sr(subject: Subject) -> Iterator[Scored]:
         yield _timed(method, score)
 
 
+def _in_boxes(name: str, column: str) -> Callable[[Subject], Iterator[Scored]]:
+    """A metric of maps and regions."""
+    function = getattr(metrics, name)
+
+    def run(subject: Subject) -> Iterator[Scored]:
+        for method, maps in subject.maps.items():
+
+            def score(maps: Tensor = maps) -> dict[str, MetricResult]:
+                settings = subject.settings(name)
+                return {column: function(maps, subject.regions, generator=subject.generator(), **settings)}
+
+            yield _timed(method, score)
+
+    return run
+
+
+def _no_boxes(subject: Subject) -> str | None:
+    told = "the test split has no boxes: its metadata have no columns x0, y0, x1, y1, or nothing in them"
+    return told if subject.regions is None else None
+
+
 _UNIT = "in the unit of each network's own score: read the normalised area across networks"
 METRICS: dict[str, Metric] = {
     "deletion": Metric(
@@ -375,6 +284,18 @@ METRICS: dict[str, Metric] = {
         {"mprt": "similarity of the map to that of the network with its weights redrawn"},
         _of_function("mprt", lambda found: {"mprt": found}),
         "mprt",
+    ),
+    "box_share": Metric(
+        {"box_share": "share of the top 10 % of the pixels that lie in the box of the object"},
+        _in_boxes("top_share", "box_share"),
+        "top_share",
+        reason=_no_boxes,
+    ),
+    "pointing_game": Metric(
+        {"pointing_game": "share of the images whose highest pixel lies in the box of the object"},
+        _in_boxes("pointing_game", "pointing_game"),
+        "pointing_game",
+        reason=_no_boxes,
     ),
 }
 

@@ -123,9 +123,16 @@ def csv_bytes(cells: Cells) -> bytes:
 def verdict(content: dict[str, Any]) -> list[str]:
     """Sentences on the tests, by the metrics that tell networks apart."""
     confounded = {column["name"] for column in content["columns"] if column["confounded"] is not None}
+    in_boxes = [name.replace("_", " ") for name in content["metrics"] if name in ("box_share", "pointing_game")]
+    chance = []
+    if in_boxes and content["box_area"] is not None:
+        chance = [
+            f"The boxes cover {content['box_area']:.1%} of a picture on average: the {' and '.join(in_boxes)} of a map "
+            "at random."
+        ]
     tests = [test for test in content["tests"] if test["metric"] not in confounded]
     if not tests:
-        return ["There is no ordinary network or no saliency of the OTNN here: nothing was tested."]
+        return ["There is no ordinary network or no saliency of the OTNN here: nothing was tested.", *chance]
     sentences = []
     subjects = (
         (None, "The OTNN's saliency against every method on the unconstrained network"),
@@ -150,7 +157,7 @@ def verdict(content: dict[str, Any]) -> list[str]:
         elif worse:
             text += f"; worse by {', '.join(test['metric'] for test in worse)}"
         sentences.append(f"{text}.")
-    return sentences
+    return sentences + chance
 
 
 def number(value: float) -> float | None:
