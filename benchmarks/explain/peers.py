@@ -26,7 +26,14 @@ BAR = 10.0
 STEPS = 14  # 784 pixels in equal parts, as quantus asks
 MASKS = 200
 # Maps scored in one call, as a comparison of methods does it
-MAPS = ("saliency", "gradient_input", "integrated_gradients", "smoothgrad", "squaregrad", "vargrad")
+MAPS: dict[str, dict[str, int]] = {
+    "saliency": {},
+    "gradient_input": {},
+    "integrated_gradients": {"steps": 5},
+    "smoothgrad": {"samples": 5},
+    "squaregrad": {"samples": 5},
+    "vargrad": {"samples": 5},
+}
 
 
 def peers(subject: Subject, rounds: int, advance: Callable[[], None]) -> Json:
@@ -44,16 +51,9 @@ def peers(subject: Subject, rounds: int, advance: Callable[[], None]) -> Json:
 
 
 def _maps(subject: Subject) -> dict[str, Tensor]:
-    settings = {"steps": 5}, {"samples": 5}
     return {
-        name: attribute(
-            subject.model,
-            subject.images,
-            subject.target,
-            name,
-            **(settings[0] if name == "integrated_gradients" else settings[1] if "grad" in name else {}),
-        )
-        for name in MAPS
+        name: attribute(subject.model, subject.images, subject.target, name, **settings)
+        for name, settings in MAPS.items()
     }
 
 
