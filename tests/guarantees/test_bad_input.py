@@ -91,7 +91,7 @@ def test_ties_flat_places_and_unreached_boundaries_have_their_reason() -> None:
     assert ends.reason[0].startswith("no boundary was found")
     assert ends.bound[0] == pytest.approx(0.4, rel=1e-9)
     assert not bool(ends.vacuous[0])
-    assert in_words(ends)[0].startswith("No change of the whole image with an L2 norm below 0.4 can alter")
+    assert in_words(ends)[0].startswith("No change of the whole image with an L2 norm below 0.399 can alter")
     way = walk(potential, ends.details["upper"])
     assert path_stability(way).reason == ("no boundary was found along the gradient: no path", tie, way.reason[2])
     head.bias.data += 0.25

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.guarantees import campaign, checks
+from benchmarks.guarantees.exact import Plain, pieces
+from benchmarks.guarantees.nets import network
 from benchmarks.soundness.campaign import run_campaign
 from benchmarks.soundness.draws import Draw
-from otnn.guarantees import Guarantee
+from otnn.guarantees import Guarantee, certified_smoothgrad
 
 NAMES = {
     *("boundary_bracket", "path_stability", "gradient_agreement", "certified_smoothgrad", "constant_saliency"),
@@ -59,10 +61,11 @@ def planted(function: Callable[..., Guarantee], factor: float, part: str | None)
         ("bracket", 1.01, None),
         ("bracket", 0.9, "upper"),
         ("path_stability", 0.99, None),
-        ("gradient_agreement", 0.5, None),
+        ("path_stability", 0.9, None),
+        ("gradient_agreement", 0.9, None),
         ("constant_saliency", 1.01, None),
         ("masking_ceiling", 0.99, "ceiling"),
-        ("robustness_bracket", 1.5, None),
+        ("robustness_bracket", 1 / 0.9, None),
     ],
 )
 def test_the_campaign_finds_wrong_bounds(
@@ -73,11 +76,13 @@ def test_the_campaign_finds_wrong_bounds(
     # isometric ones, an affine one and turning ones, where bounds are attained
     for number in (4, 5, 9, 15, 19, 25, 29, 39, 59, 69):
         found += sum(row["violation"] for row in checks.check_network(number, Draw(3, number)))
-    assert found >= 3
+    # only a turn of one shape attains the bound of Integrated Gradients
+    assert found >= (1 if name == "gradient_agreement" else 3)
 
 
 def test_the_campaign_finds_a_wrong_radius_of_smoothgrad(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "certified_smoothgrad", planted(checks.certified_smoothgrad, 20.0, None))
+    # most of a radius is Monte-Carlo error, so that only gross mistakes show; the closed form shows those of a tenth
+    monkeypatch.setattr(checks, "certified_smoothgrad", planted(certified_smoothgrad, 20.0, None))
     rows = [row for number in range(20) for row in checks.check_smoothing(number, Draw(0, number))]
     assert sum(row["violation"] for row in rows) >= 3
 
@@ -91,9 +96,9 @@ def test_failures_of_the_noise_are_counted() -> None:
 
 def test_the_path_is_cut_at_its_kinks() -> None:
     draw = Draw(0, 1)
-    plain = checks.Plain(checks.network(1, draw)[1])
+    plain = Plain(network(1, draw)[1])
     start, end = (torch.rand(1, *plain.model.input_shape, dtype=torch.float64) for _ in range(2))
-    cut = checks.pieces(plain, start, end)
+    cut = pieces(plain, start, end)
     assert float(cut.shares.sum()) == pytest.approx(1, abs=1e-12)
     sides = plain.sides(start + torch.linspace(0, 1, 4001).double().view(-1, 1, 1, 1) * (end - start))
     changes = int((sides[1:] != sides[:-1]).any(dim=1).sum())

@@ -37,6 +37,7 @@ class Walk:
         potential: of the samples.
         length: (n,) T; NaN where there is no way.
         end: (n, ...) x - T u.
+        fallen: (n,) float64, g(x) - g(x - T u) as computed.
         slack: (n,) float64, a bound of s, the rounding of both values of g and of the path included.
         reason: per sample, why there is no way; empty where there is one.
     """
@@ -44,6 +45,7 @@ class Walk:
     potential: Potential
     length: Tensor
     end: Tensor
+    fallen: Tensor
     slack: Tensor
     reason: tuple[str, ...]
 
@@ -64,19 +66,21 @@ def walk(potential: Potential, length: Tensor) -> Walk:
     length = length.detach().to(potential.inputs)
     usable = torch.isfinite(length) & (length > 0) & potential.known & ~potential.still
     index = usable.nonzero().squeeze(1)
-    end, slack = torch.full_like(potential.inputs, torch.nan), torch.full_like(length, torch.nan)
+    end = torch.full_like(potential.inputs, torch.nan)
+    fallen, slack = torch.full_like(length, torch.nan), torch.full_like(length, torch.nan)
     if len(index):
         start, far = potential.inputs[index], length[index]
         end[index] = start - spread(far, start) * potential.direction[index]
         value, error = potential.bounded(end[index], index)
         # the end as stored is off the ray by the rounding of the direction, the product and the difference
         slip = (start[0].numel() + 16) * 2.0**-52 * (sample_norm(start) + far)
-        fallen = potential.value[index] - value
-        slack[index] = (far - fallen).clamp(min=0) + potential.error[index] + error + slip
+        fallen[index] = potential.value[index] - value
+        slack[index] = (far - fallen[index]).clamp(min=0) + potential.error[index] + error + slip
     return Walk(
         potential,
         torch.where(usable, length, torch.nan),
         end,
+        fallen,
         slack,
         first_reasons(
             potential.reason,
@@ -162,7 +166,6 @@ def gradient_agreement(way: Walk, *, steps: int = 16) -> Guarantee:
     attribution = _integrated(way, steps)
     direction = way.potential.direction
     map_ = spread(way.length, direction) * direction.square()
-    fallen = way.potential.value - way.potential.bounded(way.end.nan_to_num())[0]
     return Guarantee(
         name="gradient_agreement",
         bound=limit,
@@ -172,7 +175,7 @@ def gradient_agreement(way: Walk, *, steps: int = 16) -> Guarantee:
         domain=AGREEMENT_DOMAIN,
         details={
             "measured": (attribution - map_).flatten(1).abs().sum(dim=1),
-            "completeness": (attribution.flatten(1).sum(dim=1) - fallen).abs(),
+            "completeness": (attribution.flatten(1).sum(dim=1) - way.fallen).abs(),
             "relative": limit / way.length,
             "length": way.length,
             "slack": way.slack,

@@ -197,7 +197,10 @@ def certified_smoothgrad(
     radius = torch.where(potential.known, left * (1 - 1e-12) * sigma * math.sqrt(math.pi / 2), torch.nan)
     needed = torch.full_like(radius, torch.inf)
     for doubling in range(41):
-        enough = needed.isinf() & potential.known & (_left(scores, squares, k, samples * 2**doubling, delta) > 0)
+        open_ = needed.isinf() & potential.known
+        if not bool(open_.any()):
+            break
+        enough = open_ & (_left(scores, squares, k, samples * 2**doubling, delta) > 0)
         needed[enough] = samples * 2.0**doubling
     return Guarantee(
         name="certified_smoothgrad",

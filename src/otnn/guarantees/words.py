@@ -1,6 +1,8 @@
 """Each guarantee in plain words, one sentence for each sample."""
 
+import math
 from collections.abc import Callable
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from otnn.guarantees.result import Guarantee
 
 
 def in_words(guarantee: Guarantee) -> tuple[str, ...]:
-    """A sentence for each sample that a layman can read, true as it stands.
+    """A sentence for each sample that a layman can read, true as it stands: figures are rounded to the safe side.
 
     Example:
         >>> import torch
@@ -29,15 +31,16 @@ def in_words(guarantee: Guarantee) -> tuple[str, ...]:
 
 
 def _bracket(found: Guarantee, k: int) -> str:
-    lower, upper = _number(found.bound[k]), found.details["upper"][k]
-    # down to the last digits shown, the pair that was asked for decides the prediction
-    decides = bool(found.details["radius"][k] >= 0.999 * found.bound[k])
+    lower, radius, upper = found.bound[k], found.details["radius"][k], found.details["upper"][k]
+    # the pair that was asked for decides the prediction, up to less than the digits shown
+    decides = bool(radius >= 0.999 * lower)
+    least = _number(lower.minimum(radius) if decides else lower, ROUND_FLOOR)
     what = "alter this prediction" if decides else "bring the other class level with the predicted one"
-    first = f"No change of the whole image with an L2 norm below {lower} can {what}"
+    first = f"No change of the whole image with an L2 norm below {least} can {what}"
     if not bool(upper < float("inf")):
         return f"{first}; {found.reason[k]}."
     outside = float(found.details["outside"][k])
-    end = f"one of {_number(upper)} along the gradient does"
+    end = f"one of at most {_number(upper, ROUND_CEILING)} along the gradient does"
     if outside > 0:
         end += f", though it takes {_percent(outside)} of the values out of the range of pixels"
     return f"{first}; {end}."
@@ -48,8 +51,9 @@ def _stability(found: Guarantee, k: int) -> str:
     if bool(found.vacuous[k]):
         return f"{way} nothing is certain of how much the map turns: {found.reason[k]}."
     return (
-        f"{way} the map keeps within 60 degrees of the one shown over at least "
-        f"{_percent(float(found.details['steady'][k]), down=True)} of the way."
+        f"{way} the map differs from the direction of the one shown by at most "
+        f"{_percent(math.sqrt(float(found.bound[k])), up=True)} in root mean square, and keeps within 60 degrees of it "
+        f"over at least {_percent(float(found.details['steady'][k]), down=True)} of the way."
     )
 
 
@@ -59,7 +63,7 @@ def _agreement(found: Guarantee, k: int) -> str:
     what = "Integrated Gradients along the way to the other class and the map shown, times that way, differ by"
     if bool(found.vacuous[k]):
         return f"{what} {_percent(measured)} of its total; nothing useful is certain: {found.reason[k]}."
-    return f"{what} at most {_percent(limit)} of its total ({_percent(measured)} measured)."
+    return f"{what} at most {_percent(limit, up=True)} of its total ({_percent(measured)} measured)."
 
 
 def _smoothing(found: Guarantee, k: int) -> str:
@@ -71,14 +75,15 @@ def _smoothing(found: Guarantee, k: int) -> str:
     confidence = f"{float(found.details['confidence'][k]) * 100:.6g} %"
     return (
         f"With {confidence} confidence the {top} pixels of the smoothed map that matter most are among the {marked} "
-        f"marked, for this image and every image within an L2 norm of {_number(found.bound[k])}."
+        f"marked, for this image and every image within an L2 norm of {_number(found.bound[k], ROUND_FLOOR)}."
     )
 
 
 def _constant(found: Guarantee, k: int) -> str:
     if bool(found.bound[k] == float("inf")):
         return "The map is exactly the same for every image."
-    sentence = f"The map is exactly the same for every image within an L2 norm of {_number(found.bound[k])}"
+    radius = _number(found.bound[k], ROUND_FLOOR)
+    sentence = f"The map is exactly the same for every image within an L2 norm of {radius}"
     return f"{sentence}, which is less than one grey level of one pixel." if bool(found.vacuous[k]) else f"{sentence}."
 
 
@@ -95,21 +100,24 @@ def _ceiling(found: Guarantee, k: int) -> str:
 
 def _robustness(found: Guarantee, k: int) -> str:
     upper = found.details["upper"][k].min()
-    end = f"on the sets attacked, one of {_number(upper)} did" if bool(upper < float("inf")) else found.reason[k]
+    attacked = f"on the sets attacked, one of at most {_number(upper, ROUND_CEILING)} did"
+    end = attacked if bool(upper < float("inf")) else found.reason[k]
     return (
         "Whichever pixels are changed, a change with an L2 norm below "
-        f"{_number(found.bound[k])} cannot alter the prediction; {end}."
+        f"{_number(found.bound[k], ROUND_FLOOR)} cannot alter the prediction; {end}."
     )
 
 
-def _number(value: Tensor) -> str:
-    """Three digits, rounded to nearest."""
-    return f"{float(value):.3g}"
+def _number(value: Tensor, rounding: str = ROUND_HALF_EVEN) -> str:
+    """Three digits; a bound from below is rounded down, one from above up."""
+    return f"{float(Context(prec=3, rounding=rounding).create_decimal(repr(float(value)))):.3g}"
 
 
-def _percent(share: float, *, down: bool = False) -> str:
-    """A whole percentage; down where the sentence says at least."""
-    return f"{int(share * 100) if down else round(share * 100)} %"
+def _percent(share: float, *, down: bool = False, up: bool = False) -> str:
+    """A whole percentage; down where the sentence says at least, up where it says at most."""
+    percent = round(share * 100, 9)  # 0.07 * 100 is more than 7
+    whole = math.floor(share * 100) if down else math.ceil(percent) if up else round(percent)
+    return f"{whole} %"
 
 
 _SENTENCES: dict[str, tuple[str, Callable[[Guarantee, int], str]]] = {

@@ -22,7 +22,6 @@ from otnn.lipschitz.graph import Trace
 from otnn.lipschitz.operations import Step
 from otnn.lipschitz.rounding import UNDERFLOW, UNIT, add_up, gamma, mul_up, sqrt_up, up
 
-
 # Told at each step: the node of the graph, its result, and a bound (batch,) of the norm of the result's error
 Watch = Callable[[str, Tensor, Tensor], None]
 
