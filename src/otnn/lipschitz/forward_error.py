@@ -9,7 +9,7 @@ convolutions, nor reduced precision such as TF32 or bfloat16.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from otnn.lipschitz.bounds import step_constants
 from otnn.lipschitz.graph import Trace
 from otnn.lipschitz.operations import Step
 from otnn.lipschitz.rounding import UNDERFLOW, UNIT, add_up, gamma, mul_up, sqrt_up, up
+
+# Told at each step: the node of the graph, its result, and a bound (batch,) of the norm of the result's error
+Watch = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ class BoundedExecution:
         self._graph = copy.deepcopy(trace.graph).to(dtype)
         self.dtype = dtype
 
-    def __call__(self, inputs: Tensor) -> Execution:
-        """Execute a batch (batch, ...) of the dtype."""
-        runner = _Runner(self._graph, self._steps, self._constants, self.dtype)
+    def __call__(self, inputs: Tensor, watch: Watch | None = None) -> Execution:
+        """Execute a batch (batch, ...) of the dtype; `watch` sees every step on the way."""
+        runner = _Runner(self._graph, self._steps, self._constants, self.dtype, watch)
         with torch.no_grad():
             scores = runner.run(inputs)
         last = runner.found[-1]
@@ -78,11 +81,16 @@ class _Runner(fx.Interpreter):
     """Runs node by node; `found` holds (error, around, growth) of each step, `norms` that of its result."""
 
     def __init__(
-        self, graph: fx.GraphModule, steps: dict[str, Step], constants: Sequence[float], dtype: torch.dtype
+        self,
+        graph: fx.GraphModule,
+        steps: dict[str, Step],
+        constants: Sequence[float],
+        dtype: torch.dtype,
+        watch: Watch | None,
     ) -> None:
         super().__init__(graph)
         self.extra_traceback = False
-        self._steps, self._constants, self._dtype = steps, constants, dtype
+        self._steps, self._constants, self._dtype, self._watch = steps, constants, dtype, watch
         self.found: list[tuple[Tensor, Tensor, float]] = []
         self.norms: list[Tensor] = []
         self.reach = torch.zeros(0)
@@ -94,6 +102,8 @@ class _Runner(fx.Interpreter):
             self.found.append(self._error(step, result))
             moved = step.kind == "same"  # the same numbers in another order
             self.norms.append(self.norms[step.sources[0]] if moved else _norms(result))
+            if self._watch is not None:
+                self._watch(n.name, result, self.found[-1][0])
         return result
 
     def _error(self, step: Step, result: Tensor) -> tuple[Tensor, Tensor, float]:
