@@ -27,13 +27,15 @@ def check_images(images: Tensor, *, box: bool = False, what: str = "inputs") -> 
         raise InputError(
             f"{what}: expected floating-point values in [0, 1], got {images.dtype}; divide 8-bit images by 255 first"
         )
-    finite = torch.isfinite(images).flatten(1).all(dim=1)
-    if not finite.all():
-        bad = int((~finite).nonzero()[0])
+    if images.numel() == 0:
+        return
+    low, high = torch.aminmax(images.detach())  # both NaN where a value is
+    if not bool((low > -torch.inf) & (high < torch.inf)):
+        bad = int((~torch.isfinite(images).flatten(1).all(dim=1)).nonzero()[0])
         raise InputError(f"{what}: sample {bad} holds NaN or infinite values; remove or repair it")
-    if box and (images.min() < 0 or images.max() > 1):
+    if box and not bool((low >= 0) & (high <= 1)):
         raise InputError(
-            f"{what}: expected values in [0, 1], got [{images.min():.4g}, {images.max():.4g}]; "
+            f"{what}: expected values in [0, 1], got [{low:.4g}, {high:.4g}]; "
             "rescale the images (8-bit images are divided by 255) and leave a normalisation to the model"
         )
 

@@ -16,6 +16,8 @@ class Scoring(nn.Module):
     Args:
         scorer: what is explained.
         inputs: samples; what comes in another precision is cast to theirs.
+        total: return the sum of the scores (1,), whose gradient is that of each: captum differentiates many outputs in
+            a loop over them.
 
     Example:
         >>> x = torch.rand(3, 2)
@@ -23,14 +25,15 @@ class Scoring(nn.Module):
         torch.Size([3])
     """
 
-    def __init__(self, scorer: Scorer, inputs: Tensor) -> None:
+    def __init__(self, scorer: Scorer, inputs: Tensor, *, total: bool = False) -> None:
         super().__init__()
         self.training = False
-        self.model, self.scorer, self.dtype = scorer.model, scorer, inputs.dtype
+        self.model, self.scorer, self.dtype, self.total = scorer.model, scorer, inputs.dtype, total
 
     def forward(self, inputs: Tensor, index: Tensor) -> Tensor:
-        """Return the scores (n,) of inputs (n, ...) from the samples `index` (n,)."""
-        return self.scorer(inputs.to(self.dtype), index)
+        """Return the scores (n,) of inputs (n, ...) from the samples `index` (n,), or their sum (1,)."""
+        scores = self.scorer(inputs.to(self.dtype), index)
+        return scores.sum().unsqueeze(0) if self.total else scores
 
 
 def by_parts(

@@ -21,7 +21,7 @@ from otnn.explain.scores import Scorer
 
 def saliency(scorer: Scorer, inputs: Tensor, *, memory_budget: float = MEMORY_BUDGET) -> Tensor:
     """Gradient of the score (Simonyan, Vedaldi and Zisserman 2014), signed: captum's default is its absolute value."""
-    method = captum.attr.Saliency(Scoring(scorer, inputs))
+    method = captum.attr.Saliency(Scoring(scorer, inputs, total=True))
 
     def part(x: Tensor, index: Tensor, _: int) -> Tensor:
         return method.attribute(x.requires_grad_(), abs=False, additional_forward_args=(index,))  # type: ignore[no-any-return]
@@ -31,7 +31,7 @@ def saliency(scorer: Scorer, inputs: Tensor, *, memory_budget: float = MEMORY_BU
 
 def gradient_input(scorer: Scorer, inputs: Tensor, *, memory_budget: float = MEMORY_BUDGET) -> Tensor:
     """Gradient times input (Shrikumar, Greenside and Kundaje 2017)."""
-    method = captum.attr.InputXGradient(Scoring(scorer, inputs))
+    method = captum.attr.InputXGradient(Scoring(scorer, inputs, total=True))
 
     def part(x: Tensor, index: Tensor, _: int) -> Tensor:
         return method.attribute(x.requires_grad_(), additional_forward_args=(index,))  # type: ignore[no-any-return]
@@ -58,7 +58,7 @@ def integrated_gradients(
     """
     check_count("steps", steps, 1)
     start = whole_baseline(baseline, inputs)
-    method = captum.attr.IntegratedGradients(Scoring(scorer, inputs))
+    method = captum.attr.IntegratedGradients(Scoring(scorer, inputs, total=True))
 
     def part(x: Tensor, index: Tensor, size: int) -> Tensor:
         chunk = size // len(x) * len(x) if size < steps * len(x) else None
@@ -153,7 +153,7 @@ def _noise(
     check_count("samples", samples, 1)
     if not 0 <= sigma < math.inf:
         raise InputError(f"sigma: expected a share of the range of the inputs, >= 0, got {sigma}")
-    scoring, seed = Scoring(scorer, inputs), draw_seed(generator)
+    scoring, seed = Scoring(scorer, inputs, total=True), draw_seed(generator)
 
     def part(x: Tensor, index: Tensor, size: int) -> Tensor:
         method = _NoiseTunnel(scoring, torch.Generator(x.device).manual_seed(seed))
@@ -194,7 +194,7 @@ def gradcam(
         (n, 1, height, width) or (n, 1, length), by linear interpolation.
     """
     chosen = find_layer(scorer.model, inputs, layer)
-    method = captum.attr.LayerGradCam(Scoring(scorer, inputs), chosen)
+    method = captum.attr.LayerGradCam(Scoring(scorer, inputs, total=True), chosen)
     mode = "bilinear" if inputs.ndim == 4 else "linear"
 
     def part(x: Tensor, index: Tensor, _: int) -> Tensor:
@@ -223,7 +223,7 @@ def deconvolution(scorer: Scorer, inputs: Tensor, *, memory_budget: float = MEMO
 
 def _modified_relu(kind: Any, name: str, scorer: Scorer, inputs: Tensor, memory_budget: float) -> Tensor:
     check_only_relu(scorer.model, inputs[:1], name)
-    method = kind(Scoring(scorer, inputs))
+    method = kind(Scoring(scorer, inputs, total=True))
 
     def part(x: Tensor, index: Tensor, _: int) -> Tensor:
         with warnings.catch_warnings():

@@ -31,6 +31,8 @@ from otnn.potential import class_scores
 SHARES = tuple(k / 100 for k in range(5, 50, 5))
 # Radii tried on the way to the first change of class: the largest, and its halves down to this many
 DOUBLINGS = 7
+# Copies of a row that an attack holds between passes: sample, support, change, start, gradient, and those being made
+_HELD = 12
 
 
 def robustness_sr(
@@ -94,8 +96,9 @@ def robustness_sr(
     place = pixel_ranks(values, generator)
     counts = torch.tensor([top_count(values.shape[1], share) for share in shares], device=inputs.device)
     noise = draw(tuple(inputs.shape[1:]), inputs, generator, normal=True)
-    # An attack holds some copies more than a forward does
-    rows = max(1, chunk_size(inputs[:1], memory_budget, scorer.model, gradient=True) // 2)
+    # Half of the budget for a pass; half for what is under attack, so that passes stay full while rows are done
+    size = max(1, chunk_size(inputs[:1], memory_budget, scorer.model, gradient=True) // 2)
+    rows = max(size, int(memory_budget / 2 // (_HELD * inputs[0].numel() * inputs.element_size())))
     levels = len(shares)
     parts, passes = [], 0
     with parametrize.cached():
@@ -103,7 +106,8 @@ def robustness_sr(
             sample, level = row // levels, row % levels
             support = place[sample] < counts[level].unsqueeze(1)
             support = support.unsqueeze(1) if inputs.ndim > 2 else support
-            attack = _Attack(scorer, inputs[sample], support.view(len(row), -1, *inputs.shape[2:]), noise, attack_steps)
+            support = support.view(len(row), -1, *inputs.shape[2:])
+            attack = _Attack(scorer, inputs[sample], support, noise, attack_steps, size)
             parts.append(attack.smallest(largest, bisections, tolerance))
             passes += attack.passes
     radius = torch.cat(parts).view(-1, levels)
@@ -141,13 +145,15 @@ class _Attack:
         support: (rows, ...), the values that may change; broadcast to the inputs.
         noise: (...) a direction for rows without a gradient.
         steps: evaluations per radius.
+        size: rows of one pass.
     """
 
-    def __init__(self, scorer: Scorer, inputs: Tensor, support: Tensor, noise: Tensor, steps: int) -> None:
+    def __init__(self, scorer: Scorer, inputs: Tensor, support: Tensor, noise: Tensor, steps: int, size: int) -> None:
         self.model, self.inputs, self.support, self.noise, self.steps = scorer.model, inputs, support, noise, steps
+        self.size = size
         self.passes = 0
         with torch.no_grad():
-            self.own = self._class_scores(inputs).argmax(dim=1)
+            self.own = torch.cat([self._class_scores(part).argmax(dim=1) for part in inputs.split(size)])
 
     def smallest(self, largest: float, bisections: int, tolerance: float) -> Tensor:
         """Upper estimates (rows,) of the distance to another class; infinite where none was found.
@@ -203,14 +209,17 @@ class _Attack:
     def _margin(self, change: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Score of the own class above the best other one (rows,), and its gradient on the support (rows, ...)."""
         self.passes += len(row)
-        with torch.enable_grad():
-            moved = (self.inputs[row] + change).detach().requires_grad_()
-            scores = self._class_scores(moved)
-            own = self.own[row].unsqueeze(1)
-            other = scores.scatter(1, own, -torch.inf).amax(dim=1)
-            margin = scores.gather(1, own).squeeze(1) - other
-            (gradient,) = torch.autograd.grad(margin.sum(), moved)
-        return margin.detach(), gradient * self.support[row]
+        margins, gradients = [], []
+        for part, of in zip(change.split(self.size), row.split(self.size), strict=True):
+            with torch.enable_grad():
+                moved = (self.inputs[of] + part).detach().requires_grad_()
+                scores = self._class_scores(moved)
+                own = self.own[of].unsqueeze(1)
+                other = scores.scatter(1, own, -torch.inf).amax(dim=1)
+                margin = scores.gather(1, own).squeeze(1) - other
+                gradients.append(torch.autograd.grad(margin.sum(), moved)[0] * self.support[of])
+            margins.append(margin.detach())
+        return torch.cat(margins), torch.cat(gradients)
 
     def _direction(self, gradient: Tensor, row: Tensor) -> Tensor:
         """Unit gradients; where there is none, the noise on the support."""

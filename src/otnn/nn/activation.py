@@ -1,5 +1,6 @@
 """Activations that keep the norm of the gradient."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,10 @@ class _Swap(torch.autograd.Function):
         ]
         return _swap(*batched, _shift(dim)), 0
 
+
+# torch asks for the signature at every call, and making it takes as long as a small layer
+for _function in (_MaxMin, _Swap):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 _differentiable_maxmin: Callable[[Tensor, int], tuple[Tensor, Tensor]] = _MaxMin.apply
 _swap: Callable[..., Tensor] = _Swap.apply
