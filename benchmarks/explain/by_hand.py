@@ -1,5 +1,6 @@
 """captum's methods behind `attribute`, over captum called by hand at the same settings with its best chunk."""
 
+import warnings
 from collections.abc import Callable
 from statistics import median
 
@@ -102,11 +103,17 @@ def _pairs(subject: Subject) -> dict[str, tuple[Callable[[], Tensor], Call]]:
     pairs |= _surrogates(subject)
     if "ordinary" in subject.name:
         guided, deconvolution = captum.attr.GuidedBackprop(model), captum.attr.Deconvolution(model)
-        pairs["guided_backprop"] = (ours("guided_backprop"), lambda _: guided.attribute(leaf(), target))
-        pairs["deconvolution"] = (ours("deconvolution"), lambda _: deconvolution.attribute(leaf(), target))
+        pairs["guided_backprop"] = (ours("guided_backprop"), lambda _: _quietly(guided, leaf(), target))
+        pairs["deconvolution"] = (ours("deconvolution"), lambda _: _quietly(deconvolution, leaf(), target))
     if "conv" in subject.name:
         pairs["gradcam"] = _gradcam(subject)
     return pairs
+
+
+def _quietly(method: captum.attr.Attribution, x: Tensor, target: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
+        return method.attribute(x, target)  # type: ignore[no-any-return]
 
 
 def _surrogates(subject: Subject) -> dict[str, tuple[Callable[[], Tensor], Call]]:
