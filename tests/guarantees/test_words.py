@@ -48,20 +48,24 @@ def one(name: str, bound_: float, vacuous: bool = False, reason: str = "", **det
         ),
         (
             one("path_stability", 0.289, length=1.02, steady=0.7199),
-            "Along the way to the other class, of L2 length 1.02, the map differs from the direction of the one shown "
-            "by at most 54 % in root mean square, and keeps within 60 degrees of it over at least 71 % of the way.",
+            "Along the way to the other class, of L2 length 1.02, the map of the lead over that class differs from its "
+            "direction at this image by at most 54 % in root mean square, and keeps within 60 degrees of it over at "
+            "least 71 % of the way.",
         ),
         (
             one("gradient_agreement", 0.6, relative=0.6, measured=0.2, length=1.0),
-            "Integrated Gradients along the way to the other class and the map shown, times that way, differ by at "
-            "most 60 % of its total (20 % measured).",
+            "Integrated Gradients along the way to the other class, and the map of the lead over that class times "
+            "that way, differ by at most 60 % of its total (20 % measured).",
         ),
         (
             one("constant_saliency", 0.00001, True),
-            "The map is exactly the same for every image within an L2 norm of 1e-05, which is less than one grey level "
-            "of one pixel.",
+            "The map of the lead over the other class is exactly the same for every image within an L2 norm of "
+            "0.00001, which is less than one grey level of one pixel.",
         ),
-        (one("constant_saliency", torch.inf), "The map is exactly the same for every image."),
+        (
+            one("constant_saliency", torch.inf),
+            "The map of the lead over the other class is exactly the same for every image.",
+        ),
     ],
 )
 def test_sentences(found: Guarantee, sentence: str) -> None:
@@ -72,6 +76,8 @@ def test_no_figure_says_more_than_is_proven() -> None:
     found = one("boundary_bracket", 0.8199, radius=0.8199, upper=1.0201, outside=0.0)
     assert in_words(found)[0].startswith("No change of the whole image with an L2 norm below 0.819 can alter")
     assert in_words(found)[0].endswith("one of at most 1.03 along the gradient does.")
+    found = one("boundary_bracket", 0.8199, radius=0.8199, upper=1.0201, outside=0.004)
+    assert "though it takes less than 1 % of the values out" in in_words(found)[0]
     # the radius of the prediction is a little below that of the pair, by less than a digit
     found = one("boundary_bracket", 0.8101, radius=0.8099, upper=1.0201, outside=0.0)
     assert "below 0.809 can alter this prediction" in in_words(found)[0]
@@ -102,6 +108,6 @@ def test_the_sentence_on_smoothgrad() -> None:
         {**parts, **values},
     )
     assert in_words(found) == (
-        "With 99.9 % confidence the 1 pixels of the smoothed map that matter most are among the 2 marked, for this "
-        "image and every image within an L2 norm of 0.12.",
+        "With 99.9 % confidence the 1 pixels of the smoothed map that matter most are among 2 known ones, for "
+        "this image and every image within an L2 norm of 0.12.",
     )

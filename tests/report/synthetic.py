@@ -146,10 +146,37 @@ def explanations(
         "status": status,
         "index": np.arange(gallery) * 7,
     }
+    arrays |= guarantee_arrays(gallery, radius, end)
     if twin:
         arrays["unconstrained_prediction"] = label
         arrays["unconstrained_saliency"] = (50 * random.normal(size=images.shape)).astype(np.float32)
     return arrays
+
+
+def guarantee_arrays(gallery: int, radius: NDArray[Any], end: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Three guarantees: the bracket of every image, the turn of those with a boundary, and one that is vacuous."""
+    found = np.isfinite(end)
+    turn = np.where(found, 0.25, np.nan)
+    bound = np.stack([radius, turn, np.full(gallery, 1e-7)], axis=1)
+    vacuous = np.stack([np.zeros(gallery, dtype=bool), ~found, np.ones(gallery, dtype=bool)], axis=1)
+    sentences = [
+        [f"No change below {radius[k]:.3f} & <none> of {k}.", f"The map of {k} turns by 50 %.", f"Constant map of {k}."]
+        for k in range(gallery)
+    ]
+    return {
+        "guarantee": np.array(["boundary_bracket", "path_stability", "constant_saliency"]),
+        "guarantee_domain": np.array(["Every <real> change.", "In the mean.", "Below the radius."]),
+        "guarantee_unit": np.array(["L2 norm of the change", "mean square", "L2 norm of the change"]),
+        "guarantee_share": (~vacuous).mean(axis=0),
+        "guarantee_median": np.array([np.median(radius), 0.25, 1e-7]),
+        "guarantee_median_tightness": np.array([0.9, np.nan, np.nan]),
+        "guarantee_samples": np.array(0),
+        "guarantee_sentence": np.array(sentences),
+        "guarantee_reason": np.where(vacuous, "why", ""),
+        "guarantee_bound": bound,
+        "guarantee_tightness": np.where(vacuous, np.nan, 0.9),
+        "guarantee_vacuous": vacuous,
+    }
 
 
 def scores_of(

@@ -114,6 +114,17 @@ def test_results_that_do_not_fit(run: Path, change: Callable[[dict[str, Any]], A
             r"saliency: expected shape \(4, 1, 9, 9\), got \(4, 1, 8, 8\)",
         ),
         ("explanations.npz", {"status": np.ones(4)}, "status: expected text"),
+        (
+            "explanations.npz",
+            {"guarantee_sentence": None},
+            "guarantee_sentence is missing; make it with `otnn explain ",
+        ),
+        (
+            "explanations.npz",
+            {"guarantee": np.array(list("abc"))},
+            "expected guarantees among .*, got a, b, c; make it",
+        ),
+        ("explanations.npz", {"guarantee_share": np.ones(2)}, r"guarantee_share: expected shape \(3\), got \(2,\)"),
         ("explanations.npz", {"unconstrained_saliency": None}, "unconstrained_saliency is missing"),
         ("explanations.npz", {"scores": np.ones((4, 21, 7))}, "expected scores of 3 classes, got 7"),
         ("explanations.npz", {"status": np.array([{}] * 4, dtype=object)}, "cannot be read .*allow_pickle=False"),

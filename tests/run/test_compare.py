@@ -25,6 +25,7 @@ from otnn.metrics import holm, paired_test
 from otnn.models import predict
 from otnn.report import write_report
 from otnn.report.load import load_run
+from otnn.report.words import figure
 from otnn.run import config
 from otnn.run.certify import certify_run
 from otnn.run.compare import compare_run
@@ -329,7 +330,7 @@ def test_the_report_shows_the_comparison_and_does_without_it(run: Run) -> None:
     assert section.count("data:image/png;base64,") == 2
     assert section.count("not applicable") == 2 + 1
     assert 'title="guided_backprop changes the backward pass' in section
-    assert all(f"{c['mean']:.4g}" in section for c in content["cells"] if c["reason"] is None)
+    assert all(figure(c["mean"]) in section for c in content["cells"] if c["reason"] is None)
     assert content["verdict"][0].replace("'", "&#39;").replace("<", "&lt;") in section
     (run.path / "compare.png").unlink()
     with pytest.raises(InputError, match=r"compare\.png: no such file; make it with `otnn compare"):

@@ -83,6 +83,18 @@ def explained_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def guarantees_table(guarantees: dict[str, dict[str, Any]], over: str) -> Table:
+    """Of how many images each guarantee says something, and the medians of its bound and of the part that is used."""
+    table = Table("guarantee", title=f"guarantees over {over}")
+    for name in ("not vacuous", "median bound", "median tightness"):
+        table.add_column(name, justify="right")
+    for name, found in guarantees.items():
+        bound, used = found["median_bound"], found["median_tightness"]
+        told = "-" if bound is None else f"{bound:.4g}"
+        table.add_row(name.replace("_", " "), f"{found['share']:.1%}", told, "-" if used is None else f"{used:.3f}")
+    return table
+
+
 def compare_tables(content: dict[str, Any]) -> list[Table]:
     """Networks and methods against metrics: some metrics a table, the best of each network in bold."""
     cells = {(cell["network"], cell["method"], cell["metric"]): cell for cell in content["cells"]}

@@ -144,7 +144,7 @@ def gradient_agreement(way: Walk, *, steps: int = 16) -> Guarantee:
     Returns:
         The bound in the L1 norm of attributions, in units of g. `details`: "measured" (n,), the distance of the sum;
         "completeness" (n,), how far the sum is from completeness; "relative" (n,), the bound over T; "length", "slack"
-        (n,); "attribution" (n, ...), the map of the sum.
+        (n,); "attribution" (n, ...), the map of the sum; "turn" (n,), the mean of ||grad g - u||^2 over its points.
 
     Raises:
         InputError: no step.
@@ -163,7 +163,7 @@ def gradient_agreement(way: Walk, *, steps: int = 16) -> Guarantee:
     if steps < 1:
         raise InputError(f"steps: expected at least 1, got {steps}")
     limit = (2 * way.slack * way.length).sqrt() * (1 + 2.0**-50)
-    attribution = _integrated(way, steps)
+    attribution, turn = _integrated(way, steps)
     direction = way.potential.direction
     map_ = spread(way.length, direction) * direction.square()
     return Guarantee(
@@ -180,22 +180,29 @@ def gradient_agreement(way: Walk, *, steps: int = 16) -> Guarantee:
             "length": way.length,
             "slack": way.slack,
             "attribution": attribution,
+            "turn": turn,
         },
     )
 
 
-def _integrated(way: Walk, steps: int) -> Tensor:
-    """Integrated Gradients (n, ...) from the end of the path to the sample, by the midpoint sum; NaN without a path."""
+def _integrated(way: Walk, steps: int) -> tuple[Tensor, Tensor]:
+    """Integrated Gradients (n, ...) from the end of the path to the sample, by the midpoint sum; NaN without a path.
+
+    And the mean (n,) of ||grad g - u||^2 over its points.
+    """
     result = torch.full_like(way.potential.inputs, torch.nan)
+    turn = torch.full_like(way.length, torch.nan)
     index = way.usable.nonzero().squeeze(1)
     if not len(index):
-        return result
+        return result, turn
     start, step = way.potential.inputs[index], way.end[index] - way.potential.inputs[index]
-    total = torch.zeros_like(start)
+    total, turned = torch.zeros_like(start), torch.zeros_like(way.length[index])
     for k in range(steps):
-        total += way.potential.gradient_at(start + step * ((k + 0.5) / steps), index)
-    result[index] = -step * total / steps
-    return result
+        gradient = way.potential.gradient_at(start + step * ((k + 0.5) / steps), index)
+        total += gradient
+        turned += sample_norm(gradient - way.potential.direction[index]).square()
+    result[index], turn[index] = -step * total / steps, turned / steps
+    return result, turn
 
 
 def _outside(way: Walk) -> Tensor:

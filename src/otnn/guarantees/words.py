@@ -42,16 +42,17 @@ def _bracket(found: Guarantee, k: int) -> str:
     outside = float(found.details["outside"][k])
     end = f"one of at most {_number(upper, ROUND_CEILING)} along the gradient does"
     if outside > 0:
-        end += f", though it takes {_percent(outside)} of the values out of the range of pixels"
+        share = _percent(outside) if outside >= 0.01 else "less than 1 %"
+        end += f", though it takes {share} of the values out of the range of pixels"
     return f"{first}; {end}."
 
 
 def _stability(found: Guarantee, k: int) -> str:
     way = f"Along the way to the other class, of L2 length {_number(found.details['length'][k])},"
     if bool(found.vacuous[k]):
-        return f"{way} nothing is certain of how much the map turns: {found.reason[k]}."
+        return f"{way} nothing is certain of how much the map of the lead over that class turns: {found.reason[k]}."
     return (
-        f"{way} the map differs from the direction of the one shown by at most "
+        f"{way} the map of the lead over that class differs from its direction at this image by at most "
         f"{_percent(math.sqrt(float(found.bound[k])), up=True)} in root mean square, and keeps within 60 degrees of it "
         f"over at least {_percent(float(found.details['steady'][k]), down=True)} of the way."
     )
@@ -60,7 +61,10 @@ def _stability(found: Guarantee, k: int) -> str:
 def _agreement(found: Guarantee, k: int) -> str:
     limit = float(found.details["relative"][k])
     measured = float(found.details["measured"][k] / found.details["length"][k])
-    what = "Integrated Gradients along the way to the other class and the map shown, times that way, differ by"
+    what = (
+        "Integrated Gradients along the way to the other class, and the map of the lead over that class times that "
+        "way, differ by"
+    )
     if bool(found.vacuous[k]):
         return f"{what} {_percent(measured)} of its total; nothing useful is certain: {found.reason[k]}."
     return f"{what} at most {_percent(limit, up=True)} of its total ({_percent(measured)} measured)."
@@ -74,16 +78,18 @@ def _smoothing(found: Guarantee, k: int) -> str:
         return f"Which {top} pixels of the smoothed map matter most is not certain: {found.reason[k]}{mend}."
     confidence = f"{float(found.details['confidence'][k]) * 100:.6g} %"
     return (
-        f"With {confidence} confidence the {top} pixels of the smoothed map that matter most are among the {marked} "
-        f"marked, for this image and every image within an L2 norm of {_number(found.bound[k], ROUND_FLOOR)}."
+        f"With {confidence} confidence the {top} pixels of the smoothed map that matter most are among {marked} "
+        f"known ones, for this image and every image within an L2 norm of {_number(found.bound[k], ROUND_FLOOR)}."
     )
 
 
 def _constant(found: Guarantee, k: int) -> str:
     if bool(found.bound[k] == float("inf")):
-        return "The map is exactly the same for every image."
+        return "The map of the lead over the other class is exactly the same for every image."
     radius = _number(found.bound[k], ROUND_FLOOR)
-    sentence = f"The map is exactly the same for every image within an L2 norm of {radius}"
+    sentence = (
+        f"The map of the lead over the other class is exactly the same for every image within an L2 norm of {radius}"
+    )
     return f"{sentence}, which is less than one grey level of one pixel." if bool(found.vacuous[k]) else f"{sentence}."
 
 
@@ -110,7 +116,7 @@ def _robustness(found: Guarantee, k: int) -> str:
 
 def _number(value: Tensor, rounding: str = ROUND_HALF_EVEN) -> str:
     """Three digits; a bound from below is rounded down, one from above up."""
-    return f"{float(Context(prec=3, rounding=rounding).create_decimal(repr(float(value)))):.3g}"
+    return f"{Context(prec=3, rounding=rounding).create_decimal(repr(float(value))).normalize():f}"
 
 
 def _percent(share: float, *, down: bool = False, up: bool = False) -> str:

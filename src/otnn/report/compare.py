@@ -5,13 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from otnn.report import words
 from otnn.report.load import RunFiles
 
-_NETWORKS = {
-    "otnn": "Optimal-transport network",
-    "unconstrained": "Ordinary network",
-    "adversarial": "Ordinary network, trained on attacks",
-}
 _ARROWS = {"up": "↑", "down": "↓"}
 _UNDECIDED = 0.05
 # Metrics in one table: more do not fit beside the names
@@ -40,10 +36,12 @@ class Part:
     """A table of some metrics.
 
     Attributes:
+        caption: what the table is about.
         columns: name with its arrow, and meaning, of each metric.
         networks: name of each network, with method and cells of its rows.
     """
 
+    caption: str
     columns: list[tuple[str, str]]
     networks: list[tuple[str, list[tuple[str, list[Cell]]]]]
 
@@ -86,7 +84,7 @@ def compare_section(files: RunFiles) -> CompareSection | None:
     groups[:0] = [others[k : k + _COLUMNS] for k in range(0, len(others), _COLUMNS)]
     return CompareSection(
         samples=content["samples"],
-        verdict=[str(sentence) for sentence in content["verdict"]],
+        verdict=[_spaced(str(sentence)) for sentence in content["verdict"]],
         parts=[_part(content, group) for group in groups if group],
         costs=_costs(content),
         tests=[_test(test) for test in content["tests"]],
@@ -97,7 +95,7 @@ def compare_section(files: RunFiles) -> CompareSection | None:
         ],
         maps=_uri(files.compare_pictures["compare.png"]),
         pareto=_uri(files.compare_pictures["compare-pareto.png"]),
-        methods=[_spaced(method) for method in content["methods"]],
+        methods=[words.method(method) for method in content["methods"]],
     )
 
 
@@ -110,9 +108,13 @@ def _part(content: Mapping[str, Any], names: list[str]) -> Part:
         rows: dict[str, list[Cell]] = {}
         for cell in cells:
             if cell["network"] == network:
-                rows.setdefault(_spaced(cell["method"]), []).append(_cell(cell))
-        networks.append((_NETWORKS.get(network, network), list(rows.items())))
-    return Part([(f"{_spaced(name)} {arrows.get(name, '')}".rstrip(), meanings[name]) for name in names], networks)
+                rows.setdefault(words.method(cell["method"]), []).append(_cell(cell))
+        networks.append((words.network(network), list(rows.items())))
+    between = all(name.startswith("distance_") for name in names)
+    caption = "How far the maps of two methods on one network are apart" if between else "How the methods score"
+    return Part(
+        caption, [(f"{_spaced(name)} {arrows.get(name, '')}".rstrip(), meanings[name]) for name in names], networks
+    )
 
 
 def _cell(cell: Mapping[str, Any]) -> Cell:
@@ -120,14 +122,14 @@ def _cell(cell: Mapping[str, Any]) -> Cell:
         return Cell("not applicable", "", False, str(cell["reason"]))
     if cell["mean"] is None:
         return Cell("undefined", "", False, "")
-    return Cell(f"{cell['mean']:.4g}", _interval(cell["interval"]), bool(cell["best"]), "")
+    return Cell(words.figure(cell["mean"]), _interval(cell["interval"]), bool(cell["best"]), "")
 
 
 def _costs(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ranked = {(point["network"], point["method"]): f"{point['mean_rank']:.2f}" for point in content["quality"]}
     rows: list[tuple[str, ...]] = []
     for entry in content["maps"]:
-        names = (_NETWORKS.get(entry["network"], entry["network"]), _spaced(entry["method"]))
+        names = (words.network(entry["network"]), words.method(entry["method"]))
         if entry["reason"] is not None:
             rows.append((*names, "not applicable", "–", "–", "–"))
             continue
@@ -138,13 +140,13 @@ def _costs(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _test(test: Mapping[str, Any]) -> tuple[str, ...]:
     says = "undecided" if test["adjusted"] >= _UNDECIDED else "better" if test["better"] else "worse"
-    difference = "–" if test["difference"] is None else f"{test['difference']:+.3g}"
-    told = (difference, _interval(test["interval"]), f"{test['adjusted']:.2g}", says)
-    return (_spaced(test["metric"]), _spaced(test["method"]), *told)
+    difference = "–" if test["difference"] is None else words.figure(test["difference"])
+    told = (difference, _interval(test["interval"]), words.figure(test["adjusted"]), says)
+    return (_spaced(test["metric"]), words.method(test["method"]), *told)
 
 
 def _interval(ends: list[float | None]) -> str:
-    return "" if ends[0] is None or ends[1] is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
+    return "" if ends[0] is None or ends[1] is None else f"{words.figure(ends[0])} to {words.figure(ends[1])}"
 
 
 def _spaced(name: str) -> str:

@@ -1,12 +1,14 @@
 """The pictures of a comparison: maps side by side on one signed scale, and quality against forwards, as PNG."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from otnn.report import words
 from otnn.report.figures import DIVERGING
 from otnn.report.gallery import unit_map
 from otnn.report.pictures import label, show_image
@@ -32,7 +34,8 @@ def maps_picture(
     Returns:
         The bytes of a PNG.
     """
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
     count = len(images)
@@ -40,26 +43,39 @@ def maps_picture(
     drawn = [np.abs(maps).ravel() for maps in scaled if maps is not None]
     limit = (float(np.quantile(np.concatenate(drawn), _SHOWN)) if drawn else 0.0) or 1.0
     colours = LinearSegmentedColormap.from_list("diverging", [[part / 255 for part in stop] for stop in DIVERGING])
-    size = (1.25 * (1 + len(columns)) + 0.4, 1.25 * count + 1.3)
-    figure = Figure(figsize=(max(size[0], 6.5), size[1]), layout="constrained", dpi=110)
-    grid = figure.subplots(count, 1 + len(columns), squeeze=False)
-    for row in range(count):
-        show_image(grid[row][0], images[row], "")
-        grid[row][0].set_title(label(labels[row]), fontsize=8)
-        for axes, (network, method, _), maps in zip(grid[row][1:], columns, scaled, strict=True):
+    networks = list(dict.fromkeys(network for network, _, _ in columns))
+    widths = [1, *(sum(network == one for one, _, _ in columns) for network in networks)]
+    size = (max(1.25 * sum(widths) + 0.2, 6.5), 1.25 * count + 1.9)
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    rows: Any = figure.subfigures(2, 1, height_ratios=(size[1] - 0.8, 0.8))
+    groups = np.atleast_1d(rows[0].subfigures(1, len(widths), width_ratios=widths))
+    groups[0].suptitle(" ", fontsize=13)
+    for row, axes in enumerate(groups[0].subplots(count, 1, squeeze=False)[:, 0]):
+        # an empty second line where the names of methods have one: the rows stay level
+        show_image(axes, images[row], "")
+        axes.set_title(label(labels[row]) + ("\n" if row == 0 else ""), fontsize=10)
+    for network, width, group in zip(networks, widths[1:], groups[1:], strict=True):
+        name = "\n".join(textwrap.wrap(words.network(network), 14 * width))
+        group.suptitle(name, fontsize=13, color=_COLOURS[network])
+        grid = group.subplots(count, width, squeeze=False)
+        own = [(method, maps) for (of, method, _), maps in zip(columns, scaled, strict=True) if of == network]
+        for axes, (method, maps), row in ((grid[r][c], own[c], r) for r in range(count) for c in range(width)):
             axes.set_axis_off()
-            if row == 0:
-                axes.set_title(f"{'OTNN' if network == 'otnn' else network}\n{method.replace('_', ' ')}", fontsize=8)
+            lines = textwrap.wrap(words.method(method), 12)
+            axes.set_title("\n".join([*lines, ""][:2]) if row == 0 else " ", fontsize=10)
             if maps is None:
-                axes.text(0.5, 0.5, "not\napplicable", ha="center", va="center", fontsize=8, transform=axes.transAxes)
-                continue
-            shown = axes.imshow(maps[row], cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+                axes.text(0.5, 0.5, "not\napplicable", ha="center", va="center", fontsize=9, transform=axes.transAxes)
+            else:
+                axes.imshow(maps[row], cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
     if drawn:
-        bar = figure.colorbar(shown, ax=list(grid.flat), location="bottom", shrink=0.5, aspect=50, extend="both")
-        bar.set_label(
-            "blue speaks against, orange for the network's own answer (share of the map's L2 norm)", fontsize=8
+        scale = ScalarMappable(Normalize(-limit, limit), colours)
+        bar = figure.colorbar(
+            scale, cax=rows[1].add_axes((0.2, 0.62, 0.6, 0.22)), orientation="horizontal", extend="both"
         )
-        bar.ax.tick_params(labelsize=8)
+        bar.set_label(
+            "blue speaks against, orange for the network's own answer (share of the map's L2 norm)", fontsize=10
+        )
+        bar.ax.tick_params(labelsize=10)
     return _png(figure)
 
 
@@ -81,13 +97,13 @@ def pareto_picture(content: Mapping[str, Any]) -> bytes:
             color=_COLOURS[network],
             marker=_MARKS[network],
             s=40,
-            label="OTNN" if network == "otnn" else network,
+            label=words.network(network),
             zorder=3,
         )
     places: dict[tuple[str, int, float], list[str]] = {}
     for point in points:
         place = (point["network"], point["forwards"], round(point["mean_rank"], 2))
-        places.setdefault(place, []).append(point["method"].replace("_", " "))
+        places.setdefault(place, []).append(words.method(point["method"]))
     most = max((forwards for _, forwards, _ in places), default=1)
     for (network, forwards, rank), names in places.items():
         right = forwards**2 > most  # names stay within the axes
@@ -108,6 +124,7 @@ def pareto_picture(content: Mapping[str, Any]) -> bytes:
     axes.set_ylabel("mean rank over the metrics (1 is best)")
     if points:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(fontsize=9)
     else:
         axes.text(0.5, 0.5, "nothing to rank", ha="center", transform=axes.transAxes)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from otnn.report.charts import Chart, chart, headroom
 from otnn.report.figures import Sheet, picture, sheet, signed_picture, signed_sheet
-from otnn.report.load import Arrays, RunFiles
+from otnn.report.guarantees import Promise, promises, short_lines
+from otnn.report.load import PER_GUARANTEE, Arrays, RunFiles
 from otnn.report.words import down, evenly, percent
 
 _STRIP = 7
@@ -77,6 +78,8 @@ class Card:
         figures: the original and the saliency maps.
         scale: the value that has the full colour in the maps.
         walk: the way, where there is one to walk.
+        lines: what is guaranteed, in two sentences.
+        promises: all that is.
     """
 
     number: int
@@ -95,6 +98,8 @@ class Card:
     figures: list[Figure]
     scale: str
     walk: Walk | None
+    lines: list[str]
+    promises: list[Promise]
 
 
 def make_cards(files: RunFiles) -> list[Card]:
@@ -103,7 +108,7 @@ def make_cards(files: RunFiles) -> list[Card]:
 
 
 def _card(files: RunFiles, k: int) -> Card:
-    one = {name: values[k] for name, values in files.explanations.items()}
+    one = {name: values[k] for name, values in files.explanations.items() if name not in PER_GUARANTEE}
     classes = files.classes
     truth, prediction, target = (classes[int(one[name])] for name in ("label", "prediction", "target"))
     twin = classes[int(one["unconstrained_prediction"])] if files.has_twin else ""
@@ -126,6 +131,8 @@ def _card(files: RunFiles, k: int) -> Card:
         figures=figures,
         scale=scale,
         walk=_walk(one, classes) if _walkable(one) else None,
+        lines=short_lines(files.explanations, k),
+        promises=promises(files.explanations, k),
     )
 
 

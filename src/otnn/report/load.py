@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from otnn.errors import InputError
 from otnn.files import read_json
+from otnn.report.guarantees import MEANINGS, SHORT
 
 Arrays = dict[str, NDArray[Any]]
 
-# The axes of each array: n samples, c channels, h height, w width, t steps of the path, k scores.
+# The axes of each array: n samples, c channels, h height, w width, t steps of the path, k scores, g guarantees.
 _CERTIFICATES = {"label": "n", "prediction": "n", "logit_gap": "n", "radius": "n"}
 _EXPLANATIONS = {
     "images": "nchw",
@@ -35,6 +36,22 @@ _EXPLANATIONS = {
     "status": "n",
     "index": "n",
 }
+_GUARANTEES = {
+    "guarantee": "g",
+    "guarantee_domain": "g",
+    "guarantee_unit": "g",
+    "guarantee_share": "g",
+    "guarantee_median": "g",
+    "guarantee_median_tightness": "g",
+    "guarantee_samples": "",
+    "guarantee_sentence": "ng",
+    "guarantee_reason": "ng",
+    "guarantee_bound": "ng",
+    "guarantee_tightness": "ng",
+    "guarantee_vacuous": "ng",
+}
+# Those that have no entry per image
+PER_GUARANTEE = tuple(name for name, axes in _GUARANTEES.items() if not axes.startswith("n"))
 _TWIN = {"unconstrained_prediction": "n", "unconstrained_saliency": "nchw"}
 _PARTNERS = {
     "image": "nchw",
@@ -50,7 +67,10 @@ _PARTNERS = {
     "share": "n",
     "cosine": "n",
 }
-_TEXTS = ("status", "name")
+_TEXTS = (
+    *("status", "name"),
+    *("guarantee", "guarantee_domain", "guarantee_unit", "guarantee_sentence", "guarantee_reason"),
+)
 _RESULTS = {
     "data": ("name", "classes", "input_shape", "train", "validation", "test", "class_shares"),
     "otnn": ("accuracy", "balanced_accuracy", "recall", "parameters", "lipschitz_bound"),
@@ -108,7 +128,7 @@ def load_run(run: Path) -> RunFiles:
     results = _results(run)
     twin = _TWIN if "unconstrained" in results else {}
     certificates = _arrays(run, "certificates.npz", _CERTIFICATES, "certify")
-    explanations = _arrays(run, "explanations.npz", _EXPLANATIONS | twin, "explain")
+    explanations = _arrays(run, "explanations.npz", _EXPLANATIONS | _GUARANTEES | twin, "explain")
     _check_certificates(run, results, certificates)
     _check_explanations(run, results, explanations)
     index = explanations["index"]
@@ -228,6 +248,12 @@ def _check_explanations(run: Path, results: dict[str, Any], arrays: Arrays) -> N
     if arrays["images"].shape[1:] != shape:
         raise InputError(
             f"{file}: expected images of shape {shape} as in results.json, got {arrays['images'].shape[1:]}; "
+            f"make it with `otnn explain {run}`"
+        )
+    told = {str(name) for name in arrays["guarantee"]}
+    if not set(SHORT) <= told <= set(MEANINGS):
+        raise InputError(
+            f"{file}: expected guarantees among {', '.join(MEANINGS)}, got {', '.join(sorted(told))}; "
             f"make it with `otnn explain {run}`"
         )
     if arrays["scores"].shape[2] not in (

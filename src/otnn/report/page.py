@@ -14,6 +14,7 @@ from otnn.report.charts import Chart, chart, headroom
 from otnn.report.compare import compare_section
 from otnn.report.figures import DIVERGING
 from otnn.report.gallery import make_cards
+from otnn.report.guarantees import promise_table
 from otnn.report.load import RunFiles, certified_share, numbers
 
 # Radii that the summary names, where the run has them; the first with any certified picture otherwise.
@@ -82,6 +83,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "training": training_charts(files),
         "audit": audit_section(files),
         "compare": compare_section(files),
+        "promises": promise_table(files.explanations),
         "settings": settings(files.config),
     }
 

@@ -1,6 +1,7 @@
-"""The picture of one explanation: image, saliency, counterfactual path and score curve, as PNG."""
+"""The picture of one explanation: image, saliency, what is guaranteed, path and score curve, as PNG."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ from numpy.typing import NDArray
 
 from otnn.report.figures import DIVERGING
 from otnn.report.gallery import decisions, unit_map
+from otnn.report.guarantees import short_lines
 
 _FRAMES = 7
 _LABEL = 18  # letters
+_LINE = 175  # letters of small print across the picture
 
 
 def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> bytes:
@@ -36,8 +39,9 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     if "unconstrained_saliency" in arrays:
         twin = label(classes[int(arrays["unconstrained_prediction"][0])])
         maps[f"unconstrained: what\nspeaks for {twin}"] = arrays["unconstrained_saliency"][0]
-    figure = Figure(figsize=(12, 6.2), layout="constrained", dpi=110)
-    rows: Any = figure.subfigures(2, 1, height_ratios=(1.3, 1))
+    lines = [line for text in short_lines(arrays, 0) for line in textwrap.wrap(text, _LINE)]
+    figure = Figure(figsize=(12, 6.0 + 0.2 * len(lines)), layout="constrained", dpi=110)
+    rows: Any = figure.subfigures(3, 1, height_ratios=(3.5, 0.1 + 0.2 * len(lines), 2.4))
     top = rows[0].subplots(1, 2 + len(maps), width_ratios=(*[1] * (1 + len(maps)), 1.7))
     show_image(top[0], image, f"{prediction}\ncertified radius {radius:.3f}")
     scaled = {name: unit_map(values) for name, values in maps.items()}
@@ -52,13 +56,14 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     bar.set_label("brighter here: blue lowers, orange raises the score (share of the map's L2 norm)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     _curves(top[-1], arrays, classes)
+    rows[1].text(0.01, 0.5, "\n".join(lines).replace("$", r"\$"), fontsize=9, va="center", linespacing=1.35)
     lengths = arrays["distances"][0]
     decided = decisions(scores)
-    frames = rows[1].subplots(1, _FRAMES)
+    frames = rows[2].subplots(1, _FRAMES)
     for axes, k in zip(frames, np.linspace(0, len(path) - 1, _FRAMES).round().astype(int), strict=True):
         show_image(axes, path[k], f"moved {lengths[k]:.3f}\n{label(classes[decided[k]])}")
     ending = f"even at {end:.3f}, tightness {arrays['tightness'][0]:.3f}" if status == "ok" else str(status)
-    rows[1].suptitle(
+    rows[2].suptitle(
         f"the way to {target}, with what the network says (clipped to [0, 1] for display); {ending}", fontsize=11
     )
     stream = io.BytesIO()

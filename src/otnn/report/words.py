@@ -4,6 +4,28 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
+_NETWORKS = {
+    "otnn": "Optimal-transport network",
+    "unconstrained": "Ordinary network",
+    "adversarial": "Ordinary network, trained on attacks",
+}
+_METHODS = {
+    "gradient_input": "Gradient × input",
+    "integrated_gradients": "Integrated Gradients",
+    "smoothgrad": "SmoothGrad",
+    "squaregrad": "SquareGrad",
+    "vargrad": "VarGrad",
+    "gradcam": "Grad-CAM",
+    "gradcam_pp": "Grad-CAM++",
+    "guided_backprop": "Guided Backprop",
+    "rise": "RISE",
+    "lime": "LIME",
+    "kernel_shap": "Kernel SHAP",
+    "hsic": "HSIC",
+    "forgrad": "FORGrad",
+    "saliency-smoothgrad": "Saliency to SmoothGrad",
+}
+
 
 def percent(share: float) -> str:
     """A share in [0, 1] as a percentage; 100 and 0 stand for exactly all and none.
@@ -72,6 +94,39 @@ def in_one_place(radius: float, channels: int) -> str:
     if pixels >= 1:
         return f"{math.floor(pixels * 10) / 10:.1f} pixels"
     return f"{math.floor(100 * math.sqrt(pixels))} % of the way for 1 pixel"
+
+
+def figure(value: float) -> str:
+    """Three digits, with the signs of print.
+
+    Example:
+        >>> figure(-0.98801), figure(2.6), figure(1234.5), figure(-0.0000149), figure(0.0)
+        ('−0.988', '2.60', '1230', '−1.49 × 10⁻⁵', '0')
+    """
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    power = int(exponent)
+    if -4 < power < 6:
+        text = f"{float(f'{value:.2e}'):.{max(0, 2 - power)}f}"
+    else:
+        text = f"{mantissa} × 10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+    return text.replace("-", "−")
+
+
+def method(name: str) -> str:
+    """An explanation method as it is written in the literature.
+
+    Example:
+        >>> method("integrated_gradients"), method("smoothgrad")
+        ('Integrated Gradients', 'SmoothGrad')
+    """
+    return _METHODS.get(name, name.replace("_", " ").capitalize())
+
+
+def network(name: str) -> str:
+    """A network in plain words."""
+    return _NETWORKS.get(name, name)
 
 
 def interval(share: float, count: int) -> str:

@@ -1,4 +1,4 @@
-"""The third stage: saliency and counterfactual of a gallery of test images, or of the user's own images."""
+"""The third stage: saliency, counterfactual and guarantees of a gallery of test images, or of the user's images."""
 
 import time
 from collections.abc import Sequence
@@ -16,9 +16,11 @@ from otnn.explain import Counterfactual, counterfactual, saliency
 from otnn.files import npz_bytes, write_whole
 from otnn.lipschitz import LipschitzBound, bound
 from otnn.models import Classifier, predict
+from otnn.report.load import PER_GUARANTEE
 from otnn.report.pictures import explanation_picture
 from otnn.run.fit import scores_of
 from otnn.run.folder import Run
+from otnn.run.guarantees import GRADIENTS, guarantee_arrays, image_guarantees, over_samples, shares
 from otnn.run.progress import name_skipped, status
 from otnn.run.train import dataset_of
 
@@ -28,26 +30,41 @@ _BUDGET = 2**30  # bytes
 
 
 def explain_gallery(
-    run: Run, *, dataset: Dataset | None = None, size: int = GALLERY, device: str | torch.device = "cpu"
-) -> Path:
+    run: Run,
+    *,
+    dataset: Dataset | None = None,
+    size: int = GALLERY,
+    samples: int = 0,
+    gradients: int = GRADIENTS,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
     """Explain a fixed choice of test images: writes explanations.npz, which the report shows.
 
     Args:
         run: an opened run.
         dataset: its data, if they are at hand already.
         size: the number of images.
+        samples: random test images over which the shares of the guarantees are counted; 0 counts them over the gallery.
+        gradients: of the certified SmoothGrad, for each image.
         device: where the networks run.
+
+    Returns:
+        The arrays of explanations.npz.
     """
     start = time.perf_counter()
     with status(f"explaining {run.path}"):
         dataset = dataset or dataset_of(run)
-        index = choose_gallery(run.network("otnn", device), dataset.test, size)
-        arrays = explain_images(run, dataset.test.images[index], device=device)
+        model = run.network("otnn", device)
+        index = choose_gallery(model, dataset.test, size)
+        arrays = explain_images(run, dataset.test.images[index], gradients=gradients, device=device)
+        if samples:
+            body = bound(model.double().body, model.input_shape)
+            arrays |= over_samples(model, body, dataset.test, samples, gradients=gradients, device=device)
         arrays["label"] = dataset.test.labels[index].numpy()
         arrays["index"] = index.numpy()
         seconds = round(time.perf_counter() - start, 3)
         run.write({"explanations.npz": npz_bytes(arrays)}, {"seconds": {"explain": seconds}})
-    return run.path / "explanations.npz"
+    return arrays
 
 
 def explain_files(
@@ -58,6 +75,7 @@ def explain_files(
     out: Path | None = None,
     force: bool = False,
     skip_broken: bool = False,
+    gradients: int = GRADIENTS,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:
     """Explain image files: NAME.explained.png and NAME.explained.npz of each, in the run's `explanations` or in `out`.
@@ -69,10 +87,12 @@ def explain_files(
         out: another folder for the pictures.
         force: overwrite pictures that exist.
         skip_broken: leave out images that cannot be read, and name them on stderr.
+        gradients: of the certified SmoothGrad, for each image.
         device: where the networks run.
 
     Returns:
-        Per image: file, prediction, target, radius, tightness, flipped, status and the PNG written.
+        Per image: file, prediction, target, radius, tightness, flipped, status, the PNG written, and by name the
+        guarantees, see `otnn.run.guarantees.image_guarantees`.
 
     Raises:
         InputError: an unknown class, an image that cannot be read, pictures that exist, a folder that cannot be made.
@@ -92,10 +112,10 @@ def explain_files(
         raise InputError(f"{existing[0]}: exists already; choose another --out, or overwrite it with --force")
     targets = None if chosen is None else torch.full((len(images),), chosen)
     with status(f"explaining {len(images)} image{'s' * (len(images) != 1)}"):
-        arrays = explain_images(run, images, targets, device=device)
+        arrays = explain_images(run, images, targets, gradients=gradients, device=device)
         rows = []
         for k, picture in enumerate(pictures):
-            one = {key: value[k : k + 1] for key, value in arrays.items()}
+            one = {key: value if key in PER_GUARANTEE else value[k : k + 1] for key, value in arrays.items()}
             write_whole(picture.with_suffix(".npz"), npz_bytes(one))
             write_whole(picture, explanation_picture(one, run.classes))
             rows.append(
@@ -108,13 +128,19 @@ def explain_files(
                     "flipped": bool(one["flipped"][0]),
                     "status": str(one["status"][0]),
                     "picture": str(picture),
+                    "guarantees": image_guarantees(arrays, k),
                 }
             )
     return rows
 
 
 def explain_images(
-    run: Run, images: Tensor, target: Tensor | None = None, *, device: str | torch.device = "cpu"
+    run: Run,
+    images: Tensor,
+    target: Tensor | None = None,
+    *,
+    gradients: int = GRADIENTS,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Everything that is shown of images, as arrays of the layout of explanations.npz.
 
@@ -124,6 +150,7 @@ def explain_images(
         run: an opened run.
         images: (batch, channels, height, width) in [0, 1].
         target: (batch,) the class that each counterfactual goes to; the nearest rival by default.
+        gradients: of the certified SmoothGrad, for each image.
         device: where the networks run.
     """
     model = run.network("otnn", device).double()
@@ -134,16 +161,27 @@ def explain_images(
     size = max(1, _BUDGET // (STEPS * images[0].numel() * channels * 8))
     targets = [None] * len(images.split(size)) if target is None else list(target.to(device).split(size))
     chunks = [
-        _explain_chunk(model, twin, body, chunk.double().to(device), goal)
+        _explain_chunk(model, twin, body, chunk.double().to(device), goal, gradients)
         for chunk, goal in zip(images.split(size), targets, strict=True)
     ]
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    arrays = {
+        name: value if name in PER_GUARANTEE else np.concatenate([chunk[name] for chunk in chunks])
+        for name, value in chunks[0].items()
+    }
+    return arrays | shares(arrays)
 
 
 def _explain_chunk(
-    model: Classifier, twin: Classifier | None, body: LipschitzBound, images: Tensor, target: Tensor | None
+    model: Classifier,
+    twin: Classifier | None,
+    body: LipschitzBound,
+    images: Tensor,
+    target: Tensor | None,
+    gradients: int,
 ) -> dict[str, Any]:
     way: Counterfactual = counterfactual(model, images, body, target, steps=STEPS)
+    # of the same pair of classes; where a score is not finite there is none
+    proven = guarantee_arrays(model, images, body, way.target.clamp(min=0), way.boundary, gradients=gradients)
     arrays = {
         "images": images.float(),
         "prediction": way.prediction,
@@ -164,7 +202,8 @@ def _explain_chunk(
         with torch.no_grad():
             arrays["unconstrained_prediction"] = predict(twin(images))
         arrays["unconstrained_saliency"] = saliency(twin, images, arrays["unconstrained_prediction"]).float()
-    return {**{name: value.cpu().numpy() for name, value in arrays.items()}, "status": np.array(way.status)}
+    told = {name: value.cpu().numpy() for name, value in arrays.items()}
+    return {**told, "status": np.array(way.status), **proven}
 
 
 def choose_gallery(model: Classifier, test: Split, size: int) -> Tensor:
