@@ -57,6 +57,19 @@ def check_model(model: Classifier, inputs: Tensor) -> None:
         raise InputError(f"inputs: expected images of shape {model.input_shape}, got {tuple(inputs.shape[1:])}")
 
 
+def check_precision(model: Classifier, inputs: Tensor) -> None:
+    """Refuse inputs of another precision than the weights.
+
+    Raises:
+        InputError: which it should be.
+    """
+    if inputs.dtype != model.head.weight.dtype:
+        raise InputError(
+            f"inputs: expected {model.head.weight.dtype} as the weights of the model, got {inputs.dtype}; "
+            "convert one of them, such as model.double() and inputs.double()"
+        )
+
+
 def predict(scores: Tensor, multilabel: bool = False) -> Tensor:
     """Decide from scores (batch, outputs): the sign of one output, the largest of several; (batch,) classes.
 

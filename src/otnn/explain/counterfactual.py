@@ -18,7 +18,7 @@ from otnn.explain.pairs import Pairs, choose_pairs
 from otnn.explain.rays import refine
 from otnn.explain.walk import Descent, Walk, descend, join
 from otnn.lipschitz import LipschitzBound
-from otnn.models import Classifier, check_model
+from otnn.models import Classifier, check_model, check_precision
 
 NO_BOUND = "no bound"
 STATUSES = (
@@ -242,11 +242,7 @@ def _check(model: Classifier, inputs: Tensor, steps: int, iterations: int) -> tu
         raise InputError(f"iterations: expected at least 1 evaluation of the gradient, got {iterations}")
     check_images(torch.nan_to_num(inputs, posinf=0.0, neginf=0.0))
     check_model(model, inputs)
-    if inputs.dtype != model.head.weight.dtype:
-        raise InputError(
-            f"inputs: expected {model.head.weight.dtype} as the weights of the model, got {inputs.dtype}; "
-            "convert one of them, such as model.double() and inputs.double()"
-        )
+    check_precision(model, inputs)
     flat = inputs.flatten(1)
     return torch.isfinite(flat).all(dim=1), ((flat >= 0) & (flat <= 1)).all(dim=1)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
 from otnn.lipschitz import bound
-from otnn.models import Classifier
+from otnn.models import Classifier, check_precision
 from otnn.potential import class_scores, nearest_rival, pair_distances
 
 Score = Literal["logit", "margin"]
@@ -55,8 +55,12 @@ class Scorer:
             raise InputError(
                 "score: a margin is one of classes that exclude each other; this model decides labels one by one"
             )
-        with torch.no_grad():
-            self.classes = self._class_scores(inputs[:1]).shape[1]
+        if isinstance(model, Classifier):
+            check_precision(model, inputs)
+            self.classes = model.classes
+        else:
+            with torch.no_grad():
+                self.classes = self._class_scores(inputs[:1]).shape[1]
         self.target = _targets(target, len(inputs), self.classes).to(inputs.device)
         self.rival: Tensor | None = None
         self.scale: Tensor | None = None
