@@ -69,13 +69,16 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode, known in zip(modules, modes, hooks, strict=True):
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
             for kind, keys in zip(_HOOKS, known, strict=True):
                 registered = getattr(module, kind)
                 for key in set(registered) - keys:
                     del registered[key]
         for parameter, (flag, gradient) in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
     if versions != [parameter._version for parameter in parameters]:
         raise InputError("method: it changed the weights of the model; give it a copy")

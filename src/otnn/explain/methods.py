@@ -51,9 +51,14 @@ class Method:
         """Whether the method draws random numbers."""
         return "generator" in self._keywords()
 
-    def _keywords(self) -> dict[str, inspect.Parameter]:
-        parameters = inspect.signature(self.function).parameters
-        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    def _keywords(self) -> Mapping[str, inspect.Parameter]:
+        return _keywords(self.function)
+
+
+@cache
+def _keywords(function: Callable[..., Tensor]) -> Mapping[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def _once(_: Tensor, __: Mapping[str, Any]) -> tuple[int, int]:
