@@ -8,6 +8,7 @@ from otnn.run import config
 from otnn.run.audit import audit_run
 from otnn.run.certify import certify_run
 from otnn.run.compare import compare_run
+from otnn.run.counterfactuals import counterfactual_run
 from otnn.run.explain import explain_gallery
 from otnn.run.export import export_run
 from otnn.run.folder import Run, open_run
@@ -41,6 +42,7 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     explain_gallery(opened, size=2)
     audit_run(opened, samples=20)
     compare_run(opened, methods=["saliency"], metrics=["deletion"], samples=2)
+    counterfactual_run(opened, samples=2)
     write_report(opened)
     export_run(opened, path / "otnn.onnx")
     return path

@@ -25,6 +25,7 @@ for _command in (
     stages.explain,
     stages.audit,
     stages.compare,
+    stages.counterfactual,
     stages.report,
     stages.export,
     training.demo,

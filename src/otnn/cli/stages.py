@@ -16,7 +16,14 @@ from otnn.cli.options import (
     say,
     tell,
 )
-from otnn.cli.tables import audit_table, compare_tables, explained_table, guarantees_table, radii_table
+from otnn.cli.tables import (
+    audit_table,
+    compare_tables,
+    counterfactual_table,
+    explained_table,
+    guarantees_table,
+    radii_table,
+)
 from otnn.errors import InputError
 
 
@@ -148,6 +155,57 @@ def compare(
     for sentence in content["verdict"]:
         say(sentence, as_json)
     say(f"pictures: {run / 'compare.png'}, {run / 'compare-pareto.png'}", as_json)
+
+
+def counterfactual(
+    run: RunFolder,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Test images of this class only.", metavar="CLASS")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", help="The class to go to; by default the nearest rival.", metavar="CLASS")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Test images, drawn at random; 0 takes all.", min=0)] = 1000,
+    box: Annotated[bool, typer.Option("--box", help="Keep the images in the range of pixels.")] = False,
+    iterations: Annotated[int, typer.Option(help="Gradients on the way to the boundary.", min=1)] = 1,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run whose ordinary network judges; by default one is trained and kept.", metavar="OTHER_RUN"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the images that are drawn.", min=0, max=2**63 - 1)] = 0,
+    data_dir: MovedData = None,
+    accept_edits: AcceptEdits = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure and show the images that another class would need: counterfactuals.json and counterfactuals.png."""
+    from otnn.run.counterfactuals import counterfactual_run
+    from otnn.run.folder import open_run
+    from otnn.run.train import choose_device, dataset_of
+
+    place = choose_device(device)
+    opened = open_run(run, accept_edits=accept_edits)
+    content = counterfactual_run(
+        opened,
+        dataset=dataset_of(opened, data_dir),
+        samples=samples or None,
+        seed=seed,
+        source=source,
+        target=target,
+        box=box,
+        iterations=iterations,
+        judge=None if judge is None else open_run(judge),
+        device=place,
+    )
+    tell(content, as_json, counterfactual_table(content))
+    for sentence in content["verdict"]:
+        say(sentence, as_json)
+    told = content["judge"]
+    origin = f"the ordinary network of {told['from']}" if told["from"] else f"of seed {told['seed']}"
+    say(f"judge: {origin}, {told['epochs']} epochs, right on {told['accuracy']:.1%} of the test images", as_json)
+    say(f"what the figures mean: docs/counterfactuals.md; pictures: {run / 'counterfactuals.png'}", as_json)
 
 
 def report(

@@ -165,3 +165,21 @@ def _cell(cell: dict[str, Any]) -> Text:
 
 def _arrow(cells: Iterable[dict[str, Any]]) -> str:
     return next(({"up": "↑", "down": "↓"}[cell["direction"]] for cell in cells if cell["reason"] is None), "")
+
+
+def counterfactual_table(content: dict[str, Any]) -> Table:
+    """Measures against networks, the best in bold where a better value makes a better network."""
+    way = f"{content['from'] or 'all classes'} to {content['to'] or 'the nearest rival'}"
+    table = Table("", title=f"counterfactuals, {way}: {content['samples']} test images, 95 % intervals, bold: best")
+    for name in content["networks"]:
+        table.add_column("OTNN" if name == "otnn" else name, justify="right")
+    for column in content["columns"]:
+        cells = [network["measures"][column["name"]] for network in content["networks"].values()]
+        arrow = {"up": " ↑", "down": " ↓"}[cells[0]["direction"]] if column["compared"] else ""
+        name = column["name"].replace("_start", ", image itself").replace("_", " ")
+        table.add_row(f"{name}{arrow}", *(_cell({"reason": None, **cell}) for cell in cells))
+    statuses = dict.fromkeys(status for network in content["networks"].values() for status in network["statuses"])
+    table.add_section()
+    for status in statuses:
+        table.add_row(status, *(f"{network['statuses'].get(status, 0)}" for network in content["networks"].values()))
+    return table

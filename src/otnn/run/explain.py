@@ -222,8 +222,8 @@ def choose_gallery(model: Classifier, test: Split, size: int) -> Tensor:
     return torch.tensor(sorted(picked, key=lambda i: (int(test.labels[i]), i)))
 
 
-def class_index(classes: tuple[str, ...], name: str) -> int:
-    """The index of a class given by name or number.
+def class_index(classes: tuple[str, ...], name: str, option: str = "--target") -> int:
+    """The index of a class given by name or number, by an option of the command line.
 
     Raises:
         InputError: no such class.
@@ -232,7 +232,7 @@ def class_index(classes: tuple[str, ...], name: str) -> int:
         return classes.index(name)
     if name.isascii() and name.isdecimal() and int(name) < len(classes):
         return int(name)
-    raise InputError(f"--target {name}: no such class; expected one of {', '.join(classes)}")
+    raise InputError(f"{option} {name}: no such class; expected one of {', '.join(classes)}")
 
 
 def _stems(names: Sequence[str]) -> list[str]:

@@ -36,6 +36,9 @@ DERIVED = {
     "compare.csv": "compare",
     "compare.png": "compare",
     "compare-pareto.png": "compare",
+    "counterfactuals.json": "counterfactual",
+    "counterfactuals.png": "counterfactual",
+    "judge.safetensors": "counterfactual",
     "report.html": "report",
     "otnn.onnx": "export",
 }
