@@ -196,7 +196,7 @@ def test_a_grid_as_fine_as_the_picture_is_the_map() -> None:
         (lambda s, x, m: masked_scores(s, x, m, torch.inf), "baseline: expected finite values"),
         (lambda s, x, m: masked_scores(s, x, m, torch.zeros(7)), "baseline: expected a number, one sample"),
         (lambda s, x, m: masked_scores(s, x * torch.nan, m), "sample 0 holds NaN"),
-        (lambda s, x, m: masked_scores(s, x[:1], m), "expected the 3 samples of the scorer, got 1"),
+        (lambda s, x, m: masked_scores(s, x[:1], m), "expected the 3 samples that the Scorer was built on, got 1"),
         (lambda s, x, m: cell_scores(s, x, torch.ones(2, 6, 6)), "at most one a pixel"),
         (lambda s, x, m: cell_scores(s, x, torch.ones(2, 6)), r"cells: expected \(masks, g, g\)"),
         (lambda s, x, m: upsample(torch.ones(1, 2, 2), (4, 4), "cubic"), "mode: expected"),

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from otnn.checks import check_images
 from otnn.errors import InputError
-from otnn.explain.scores import Scorer
+from otnn.explain.scores import Scorer, check_scored
 
 MEMORY_BUDGET = 2**30
 # A CPU is fastest while a chunk stays near its cache, though not on a few copies: on convolutions, chunks of 100 MiB
@@ -93,9 +93,7 @@ def masked_scores(
         >>> masked_scores(scorer, torch.rand(4, 2), torch.eye(2)).shape
         torch.Size([4, 2])
     """
-    check_images(inputs)
-    if len(inputs) != len(scorer.target):
-        raise InputError(f"inputs: expected the {len(scorer.target)} samples of the scorer, got {len(inputs)}")
+    check_scored(scorer, inputs)
     bank = _bank(inputs, masks)
     filling = None if isinstance(baseline, int | float) and baseline == 0 else _filling(inputs, bank, baseline)
     with torch.no_grad(), parametrize.cached():

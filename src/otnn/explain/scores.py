@@ -108,6 +108,19 @@ class Scorer:
         return 2 * scores if self.score == "logit" else scores
 
 
+def check_scored(scorer: Scorer, inputs: Tensor) -> None:
+    """Refuse inputs that are not the samples that the scorer was built on.
+
+    Raises:
+        InputError: inputs that cannot be used, or another number of them.
+    """
+    check_images(inputs)
+    if len(scorer.target) != len(inputs):
+        raise InputError(
+            f"inputs: expected the {len(scorer.target)} samples that the Scorer was built on, got {len(inputs)}"
+        )
+
+
 # Bounds of ordinary networks take a second, and every call for the same weights needs the same ones.
 _known: WeakKeyDictionary[Classifier, tuple[bytes, Tensor]] = WeakKeyDictionary()
 

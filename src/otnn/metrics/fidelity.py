@@ -8,8 +8,8 @@ from torch import Tensor
 
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET, cell_grid, cell_scores, chunk_size, masked_scores, upsample
-from otnn.explain.scores import Scorer
-from otnn.metrics.maps import check_maps, check_scored, draw, is_constant, part_of, pixel_ranks, pixel_values
+from otnn.explain.scores import Scorer, check_scored
+from otnn.metrics.maps import check_maps, draw, is_constant, part_of, pixel_ranks, pixel_values
 from otnn.metrics.result import Curves, Direction, MetricResult, summarise
 from otnn.metrics.statistics import correlation, ranks
 

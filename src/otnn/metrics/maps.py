@@ -6,7 +6,6 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
@@ -118,19 +117,6 @@ def draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None
     device = torch.device("cpu") if generator is None else generator.device
     sample = torch.randn if normal else torch.rand
     return sample(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
-
-
-def check_scored(scorer: Scorer, inputs: Tensor) -> None:
-    """Refuse inputs that are not the samples that the scorer was built on.
-
-    Raises:
-        InputError: inputs that cannot be used, or another number of them.
-    """
-    check_images(inputs)
-    if len(scorer.target) != len(inputs):
-        raise InputError(
-            f"inputs: expected the {len(scorer.target)} samples that the Scorer was built on, got {len(inputs)}"
-        )
 
 
 def part_of(scorer: Scorer, part: slice) -> Scorer:

@@ -11,12 +11,11 @@ from otnn.batches import sample_norm, spread
 from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET, chunk_size
-from otnn.explain.scores import Scorer
+from otnn.explain.scores import Scorer, check_scored
 from otnn.metrics.maps import (
     Explain,
     call_size,
     check_maps,
-    check_scored,
     draw,
     explain_pixels,
     is_constant,
