@@ -10,7 +10,7 @@ from PIL import Image
 
 from otnn.data.snowflakes import koch_snowflake, snowflakes
 from otnn.errors import InputError
-from otnn.run.snowflakes import BARS, FIGURES, PICTURE, Recipe, figure, missed, run_snowflakes
+from otnn.run.snowflakes import ARROWS, BARS, FIGURES, PICTURE, Recipe, figure, missed, run_snowflakes
 from otnn.transport.costs import distances
 
 QUICK = Recipe(width=8, depth=2, steps=30, twin_steps=30)
@@ -67,14 +67,21 @@ def test_a_quick_figure_has_a_gap_where_it_must(tmp_path: Path) -> None:
     assert "gap" in missed(content)  # thirty steps do not reach it
     assert all(figure(content, "otnn", bar) is not None for bar in BARS)
     assert figure(content, "optimum", BARS[-1]) is None
-    with Image.open(tmp_path / "new" / "folder" / PICTURE) as picture:
-        assert picture.size[0] > 1000
+    ways = content["local_global"]
+    assert list(ways) == ["otnn", "optimum", "unconstrained"]
+    assert ways["optimum"]["right"] == ways["optimum"]["boundary"] == 80
+    assert ways["optimum"]["cosine"]["mean"] > ways["otnn"]["cosine"]["mean"]
+    assert ways["optimum"]["best_cosine"]["quantiles"][2] == pytest.approx(1)
+    for name in (PICTURE, ARROWS):
+        with Image.open(tmp_path / "new" / "folder" / name) as picture:
+            assert picture.size[0] > 1000
 
 
-def test_files_that_exist_are_kept_without_force(tmp_path: Path) -> None:
-    (tmp_path / PICTURE).write_text("mine")
+@pytest.mark.parametrize("name", [PICTURE, ARROWS])
+def test_files_that_exist_are_kept_without_force(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match="exists already"):
         run_snowflakes(tmp_path, recipe=QUICK, count=10)
-    assert (tmp_path / PICTURE).read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
     run_snowflakes(tmp_path, recipe=QUICK, count=10, force=True)
-    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

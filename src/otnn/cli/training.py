@@ -98,10 +98,10 @@ def snowflakes(
     as_json: AsJson = False,
 ) -> None:
     """Draw the figure of the paper: a network on two Koch snowflakes beside the exact optimum and an ordinary one."""
-    from otnn.run.snowflakes import PICTURE, missed, run_snowflakes
+    from otnn.run.snowflakes import ARROWS, PICTURE, missed, run_snowflakes
 
     content = run_snowflakes(out, seed=seed, force=force)
     tell(content, as_json, snowflakes_table(content))
-    say(f"picture: {out / PICTURE}", as_json)
+    say(f"pictures: {out / PICTURE}, {out / ARROWS}", as_json)
     if short := missed(content):
         say(f"below its bar: {', '.join(short)}", as_json)

@@ -22,6 +22,8 @@ from otnn.manifold import keep_on_manifold
 from otnn.models import Classifier
 from otnn.nn import MaxMin, OrthoLinear, UnitNormLinear
 from otnn.report.levels import Panel, levels_picture
+from otnn.report.partner_arrows import arrows_picture
+from otnn.run.local_global import local_global
 from otnn.run.progress import counting, steps_bar
 from otnn.run.train import versions
 from otnn.transport import Measures, TransportProblem, TransportSolution, measure, solve
@@ -29,8 +31,10 @@ from otnn.transport.audit import hypotheses
 from otnn.transport.costs import distances
 from otnn.transport.measures import QUANTILES, Function, values_and_gradients
 
-PICTURE, FIGURES = "snowflakes.png", "snowflakes.json"
+PICTURE, ARROWS, FIGURES = "snowflakes.png", "counterfactual-snowflakes.png", "snowflakes.json"
 HINGE_WEIGHT, MARGIN = 10.0, 0.05
+# Arrows on each snowflake
+_ARROWS = 45
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Recipe:
 def run_snowflakes(
     out: Path, *, recipe: Recipe | None = None, seed: int = 0, count: int = 500, force: bool = False
 ) -> dict[str, Any]:
-    """Train, solve, measure and draw: writes snowflakes.png and snowflakes.json into a folder.
+    """Train, solve, measure and draw: writes the figure, its arrows and snowflakes.json into a folder.
 
     Args:
         out: the folder; made where it is missing.
@@ -111,7 +115,7 @@ def run_snowflakes(
     Raises:
         InputError: a file exists, or the folder cannot be made.
     """
-    for name in (PICTURE, FIGURES):
+    for name in (PICTURE, ARROWS, FIGURES):
         if (out / name).exists() and not force:
             raise InputError(f"{out / name}: exists already; choose another --out, or overwrite it with --force")
     try:
@@ -133,6 +137,7 @@ def run_snowflakes(
         "unconstrained": _scaled(twin, data),
     }
     measures = {name: measure(function, solution, w1, seed=seed) for name, function in functions.items()}
+    ways = {name: local_global(function, solution) for name, function in functions.items()}
     content = {
         "format": 1,
         "seed": seed,
@@ -146,6 +151,7 @@ def run_snowflakes(
         "hypotheses": dataclasses.asdict(hypotheses(solution)),
         "solver_gap": solution.gap,
         **{name: dataclasses.asdict(found) for name, found in measures.items()},
+        "local_global": {name: way.figures() for name, way in ways.items()},
     }
     with counting("drawing"):
         titles = {
@@ -157,7 +163,12 @@ def run_snowflakes(
         levels = functions | {"optimum": solution.potential}
         panels = [Panel(titles[name], *_grid(levels[name]), *_segments(functions[name], data)) for name in functions]
         picture = levels_picture(data.images.numpy(), data.labels.numpy(), panels)
+        every = max(1, count // _ARROWS)
+        arrows = arrows_picture(
+            data.images.numpy(), data.labels.numpy(), [ways[name].panel(titles[name], every) for name in ways]
+        )
     write_whole(out / PICTURE, picture)
+    write_whole(out / ARROWS, arrows)
     write_whole(out / FIGURES, json_bytes(content))
     return content
 
