@@ -17,6 +17,8 @@ def check_images(images: Tensor, *, box: bool = False, what: str = "inputs") -> 
     Raises:
         InputError: where a value cannot be used.
     """
+    if not isinstance(images, Tensor):
+        raise InputError(f"{what}: expected a tensor, got {type(images).__name__}; convert it with torch.as_tensor()")
     if images.ndim < 2:
         raise InputError(
             f"{what}: expected a batch (batch, ...), got shape {tuple(images.shape)}; add a batch dimension"
@@ -40,23 +42,24 @@ def check_images(images: Tensor, *, box: bool = False, what: str = "inputs") -> 
         )
 
 
-def check_labels(labels: Tensor, count: int, classes: int) -> None:
+def check_labels(labels: Tensor, count: int, classes: int, *, what: str = "labels") -> None:
     """Refuse labels that are not `count` integers in 0..classes-1.
 
     Args:
         labels: (count,) integer tensor.
         count: the number of samples that the labels belong to.
         classes: the number of classes.
+        what: the name that the message uses.
 
     Raises:
         InputError: where a label cannot be used.
     """
     if labels.shape != (count,):
         raise InputError(
-            f"labels: expected one per sample, shape ({count},), got {tuple(labels.shape)}; "
+            f"{what}: expected one per sample, shape ({count},), got {tuple(labels.shape)}; "
             "one-hot labels become integers with argmax(dim=1)"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputError(f"labels: expected integers, got {labels.dtype}; convert them with .long()")
+        raise InputError(f"{what}: expected integers, got {labels.dtype}; convert them with .long()")
     if count and (labels.min() < 0 or labels.max() >= classes):
-        raise InputError(f"labels: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+        raise InputError(f"{what}: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")

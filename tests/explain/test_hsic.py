@@ -108,7 +108,7 @@ def test_the_dtype_is_that_of_the_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"samples": 1}, "samples: expected at least 2 masks, got 1"),
+        ({"samples": 1}, "samples: expected an integer >= 2, got 1"),
         ({"grid": 9}, "grid: expected 1 to 5 cells a side"),
         ({"memory_budget": 10}, r"expected at least \d+ bytes"),
     ],

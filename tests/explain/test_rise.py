@@ -106,7 +106,7 @@ def test_the_dtype_is_that_of_the_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"samples": 0}, "samples: expected at least one mask, got 0"),
+        ({"samples": 0}, "samples: expected an integer >= 1, got 0"),
         ({"keep": 1.0}, r"keep: expected a probability in \(0, 1\), got 1.0"),
         ({"grid": 6}, "grid: expected 1 to 5 cells a side"),
         ({"memory_budget": 10}, r"expected at least \d+ bytes"),

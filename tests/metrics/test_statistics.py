@@ -133,3 +133,14 @@ def test_bad_series_are_refused() -> None:
         bootstrap_interval(torch.rand(3), level=1.0)
     with pytest.raises(InputError, match="at least 2, got 1"):
         bootstrap_interval(torch.rand(3), resamples=1)
+
+
+def test_the_direction_of_a_test_is_that_of_its_ranks_not_of_the_mean() -> None:
+    difference = torch.cat([-1 - torch.arange(90.0) / 1000, 100 + torch.arange(10.0)])
+    test = paired_test(difference, torch.zeros(100))
+    assert test.difference > 0
+    assert test.p_value < 1e-3
+    # ranks 1 to 90 below, 91 to 100 above
+    assert test.effect == pytest.approx((sum(range(91, 101)) - sum(range(1, 91))) / sum(range(1, 101)))
+    assert paired_test(torch.zeros(5), torch.zeros(5)).effect == 0.0
+    assert paired_test(torch.ones(5), torch.zeros(5)).effect == 1.0

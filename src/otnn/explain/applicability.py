@@ -10,11 +10,13 @@ from otnn.errors import InputError
 from otnn.explain.gradcam_pp import last_spatial_layer
 
 # Activations by the name of their node in the graph of autograd. Sigmoid and softmax are left out: they are gates,
-# attention and outputs of ReLU networks, and no rectifiers.
+# attention and outputs of ReLU networks, and no rectifiers; so are powers and exponentials, of which normalisations are
+# made: an activation that is written out in these alone is not seen.
 _ACTIVATIONS = (
     *("LeakyRelu", "Elu", "Celu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("Tanh", "PreluKernel", "RreluWithNoise", "LogSigmoid", "Threshold", "Clamp", "ClampMin", "ClampMax", "Glu"),
     *("Maximum", "Minimum", "Fmax", "Fmin", "Sort", "Abs", "Where", "Sin", "Softshrink", "Hardshrink"),
+    *("Min", "Amin", "Topk", "Erf", "Logaddexp"),
 )
 
 

@@ -9,11 +9,15 @@ from torch.nn.utils import parametrize
 
 from otnn.checks import check_images
 from otnn.errors import InputError
+from otnn.explain.applicability import NotApplicableError
 from otnn.explain.guards import draw_seed, seeded, unchanged
 from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.methods import METHODS, check_rank, complete_settings
 from otnn.explain.scores import Scorer
 from otnn.models import Classifier, check_model
+
+# What torch says where a score does not depend on the inputs by differentiable operations
+_NO_GRADIENT = ("have been used in the graph", "does not require grad")
 
 
 def attribute(
@@ -35,8 +39,8 @@ def attribute(
     Twelve methods are captum's, with defaults that make sense; `otnn.explain.METHODS` tells for each name its kind, its
     settings with their defaults, and where it applies; `otnn.explain.cost` its forwards and backwards.
 
-    Model, weights, modes, hooks and global random numbers are left as they were. No map depends on batch mates or on
-    the memory budget, up to rounding.
+    Model, weights, modes, hooks and global random numbers are left as they were. The map of a method by name depends
+    neither on batch mates nor on the memory budget, up to rounding.
 
     Args:
         model: in `eval()` mode; maps (n, ...) to scores (n, classes), or to one score z whose sign decides.
@@ -58,8 +62,9 @@ def attribute(
         all channels together otherwise. On the device and in the dtype of x, without a graph.
 
     Raises:
-        NotApplicableError: the method has no meaning for this model or input: Guided backprop and Deconvolution where
-            another activation than `nn.ReLU` is computed, Grad-CAM without a convolution.
+        NotApplicableError: the method has no meaning for this model or input: gradients of a model that has none,
+            Guided backprop and Deconvolution where another activation than `nn.ReLU` is seen, Grad-CAM without a
+            convolution.
         InputError: an unknown method or setting, inputs, targets or a model that cannot be used, a budget too small
             for one sample, or a map that is not finite or of another shape.
 
@@ -99,7 +104,15 @@ def attribute(
         if entry.draws:
             settings["generator"] = torch.Generator().manual_seed(0) if generator is None else generator
         with parametrize.cached():
-            map_ = entry.function(scorer, x, memory_budget=memory_budget, **settings)
+            try:
+                map_ = entry.function(scorer, x, memory_budget=memory_budget, **settings)
+            except RuntimeError as error:
+                if any(text in str(error) for text in _NO_GRADIENT):
+                    raise NotApplicableError(
+                        f"{method} follows gradients, and the scores of this model have none with respect to its "
+                        "inputs; take a method of perturbations, such as occlusion or rise"
+                    ) from error
+                raise
     return _checked(map_, x, method)
 
 

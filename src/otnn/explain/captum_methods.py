@@ -151,8 +151,8 @@ def _noise(
     memory_budget: float,
 ) -> Tensor:
     check_count("samples", samples, 1)
-    if not 0 <= sigma < math.inf:
-        raise InputError(f"sigma: expected a share of the range of the inputs, >= 0, got {sigma}")
+    if not isinstance(sigma, int | float) or not 0 <= sigma < math.inf:
+        raise InputError(f"sigma: expected a share of the range of the inputs, >= 0, got {sigma!r}")
     scoring, seed = Scoring(scorer, inputs, total=True), draw_seed(generator)
 
     def part(x: Tensor, index: Tensor, size: int) -> Tensor:

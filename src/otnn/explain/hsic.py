@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from otnn.errors import InputError
+from otnn.explain.bridge import check_count
 from otnn.explain.masking import MEMORY_BUDGET, cell_grid, cell_map, cell_scores, uniform
 from otnn.explain.scores import Scorer
 
@@ -58,8 +58,7 @@ def hsic(
         tensor([[1, 0, 2]])
     """
     shape = cell_grid(inputs, grid)
-    if samples < 2:
-        raise InputError(f"samples: expected at least 2 masks, got {samples}")
+    check_count("samples", samples, 2)
     cells = (uniform((samples, math.prod(shape)), generator, inputs) < 0.5).to(inputs.dtype)
     scores = cell_scores(scorer, inputs, cells.view(-1, *shape), baseline, memory_budget=memory_budget)
     entries = memory_budget / (4 * scores.element_size())

@@ -170,7 +170,7 @@ def chunk_size(sample: Tensor, memory_budget: float, model: nn.Module | None = N
             f"memory_budget: expected at least {each} bytes, which one perturbed sample needs, got {memory_budget:g}; "
             "raise it"
         )
-    most = int(min(memory_budget // each, _MOST))
+    most = int(min(memory_budget / each, _MOST))
     if sample.device.type != "cpu":
         return most
     return min(most, max(_FEW, _CACHE * torch.get_num_threads() // each))
@@ -191,7 +191,7 @@ def cell_grid(inputs: Tensor, grid: int) -> tuple[int, ...]:
             f"(n, features), got shape {tuple(inputs.shape)}"
         )
     finest = min(inputs.shape[2:])
-    if not 1 <= grid <= finest:
+    if not isinstance(grid, int) or not 1 <= grid <= finest:
         raise InputError(f"grid: expected 1 to {finest} cells a side for inputs {tuple(inputs.shape)}, got {grid}")
     return (grid,) * (inputs.ndim - 2)
 

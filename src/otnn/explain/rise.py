@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from otnn.errors import InputError
+from otnn.explain.bridge import check_count
 from otnn.explain.masking import MEMORY_BUDGET, cell_grid, chunk_size, masked_scores, uniform
 from otnn.explain.scores import Scorer
 
@@ -53,8 +54,7 @@ def rise(
         torch.Size([2, 1, 8, 8])
     """
     cell_shape = cell_grid(inputs, grid)
-    if samples < 1:
-        raise InputError(f"samples: expected at least one mask, got {samples}")
+    check_count("samples", samples, 1)
     if not 0 < keep < 1:
         raise InputError(f"keep: expected a probability in (0, 1), got {keep}")
     cells, offsets = draw(inputs, samples, cell_shape, keep, generator)

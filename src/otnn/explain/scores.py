@@ -4,13 +4,14 @@ from hashlib import sha256
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
 from otnn.lipschitz import bound
-from otnn.models import Classifier, check_precision
+from otnn.models import Classifier, check_model, check_precision
 from otnn.potential import class_scores, nearest_rival, pair_distances
 
 Score = Literal["logit", "margin"]
@@ -56,16 +57,28 @@ class Scorer:
                 "score: a margin is one of classes that exclude each other; this model decides labels one by one"
             )
         if isinstance(model, Classifier):
+            check_model(model, inputs)
             check_precision(model, inputs)
             self.classes = model.classes
         else:
-            with torch.no_grad():
-                self.classes = self._class_scores(inputs[:1]).shape[1]
+            self.classes = self._count(inputs)
         self.target = _targets(target, len(inputs), self.classes).to(inputs.device)
         self.rival: Tensor | None = None
         self.scale: Tensor | None = None
         if score == "margin":
             self._find_rivals(inputs)
+
+    def _count(self, inputs: Tensor) -> int:
+        """How many classes a forward of one sample tells."""
+        sample = inputs[:1].clone()
+        with torch.no_grad():
+            classes = self._class_scores(sample).shape[1]
+        if not torch.equal(sample, inputs[:1]):
+            raise InputError(
+                "model: it writes into its inputs, as an operation in place does on its first line; "
+                "let it begin with a copy: lambda x: model(x.clone())"
+            )
+        return classes
 
     def _find_rivals(self, inputs: Tensor) -> None:
         """Set the strongest other class of each sample, and the constant of the difference where it is proven."""
@@ -138,11 +151,18 @@ def _distances(model: Classifier) -> Tensor:
 
 def _targets(target: Tensor | int, count: int, classes: int) -> Tensor:
     """Targets as (count,) integers in 0..classes-1."""
-    if isinstance(target, int):
-        target = torch.full((count,), target)
+    if isinstance(target, int | np.integer):
+        target = torch.full((count,), int(target))
+    if not isinstance(target, Tensor):
+        raise InputError(
+            f"target: expected a tensor of {count} integers or one class for all, got {type(target).__name__}; "
+            "convert it with torch.as_tensor()"
+        )
+    if target.ndim == 0:
+        target = target.expand(count)
     if target.ndim == 2 and tuple(target.shape) == (count, classes):
         if not bool(((target == 0) | (target == 1)).all() and (target.sum(dim=1) == 1).all()):
             raise InputError("target: expected one-hot rows, got others; give integers (batch,) instead")
         target = target.argmax(dim=1)
-    check_labels(target, count, classes)
+    check_labels(target, count, classes, what="target")
     return target.long()

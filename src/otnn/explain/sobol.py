@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from otnn.errors import InputError
+from otnn.explain.bridge import check_count
 from otnn.explain.masking import MEMORY_BUDGET, cell_grid, cell_map, cell_scores
 from otnn.explain.scores import Scorer
 
@@ -56,8 +57,7 @@ def sobol(
         tensor([[0.3600, 0.6400, 0.0000]])
     """
     shape = cell_grid(inputs, grid)
-    if samples < 2:
-        raise InputError(f"samples: expected at least 2, which a variance needs, got {samples}")
+    check_count("samples", samples, 2)
     own, other = designs(inputs, samples, math.prod(shape), generator)
 
     def scores(cells: Tensor) -> Tensor:

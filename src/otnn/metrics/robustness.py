@@ -32,6 +32,7 @@ SHARES = tuple(k / 100 for k in range(5, 50, 5))
 DOUBLINGS = 7
 # Copies of a row that an attack holds between passes: sample, support, change, start, gradient, and those being made
 _HELD = 12
+_MOST = 2**34  # bytes for these, whatever the budget
 
 
 def robustness_sr(
@@ -53,7 +54,8 @@ def robustness_sr(
     Each distance is the end of a bisection of PGD, which starts from the best change so far: an upper estimate, never
     below the true distance. Images may leave [0, 1], as in the bracket of theory 5.1 and 5.7. It is the class predicted
     at the sample that must change, whatever the target of the scorer. A share where nothing changes it counts as the
-    largest radius tried; `undefined` counts the samples with such a share. Hsieh et al. (2021).
+    largest radius tried, and a constant map has a random order; `undefined` counts the samples with either. Hsieh et
+    al. (2021).
 
     Args:
         scorer: whose model is attacked; built on the inputs.
@@ -71,7 +73,8 @@ def robustness_sr(
         Distances in input units (L2); `details`: "radius" (n, shares) and "failed" (n, shares) bool.
 
     Raises:
-        InputError: shapes or settings that do not fit, or a budget that does not hold one sample.
+        InputError: shapes or settings that do not fit, a budget that does not hold one sample, or a model whose scores
+            have no gradient.
 
     Example:
         >>> model = torch.nn.Linear(10, 2).eval()
@@ -97,10 +100,10 @@ def robustness_sr(
     noise = draw(tuple(inputs.shape[1:]), inputs, generator, normal=True)
     # Half of the budget for a pass; half for what is under attack, so that passes stay full while rows are done
     size = max(1, chunk_size(inputs[:1], memory_budget, scorer.model, gradient=True) // 2)
-    rows = max(size, int(memory_budget / 2 // (_HELD * inputs[0].numel() * inputs.element_size())))
+    rows = max(size, int(min(memory_budget, _MOST) / 2 // (_HELD * inputs[0].numel() * inputs.element_size())))
     levels = len(shares)
     parts, passes = [], 0
-    with parametrize.cached():
+    with torch.inference_mode(False), parametrize.cached():
         for row in torch.arange(len(inputs) * levels, device=inputs.device).split(rows):
             sample, level = row // levels, row % levels
             support = place[sample] < counts[level].unsqueeze(1)
@@ -120,10 +123,11 @@ def robustness_sr(
         torch.where(finite, radius.mean(dim=1), torch.nan),
         "down",
         signed=False,
-        undefined=failed.any(dim=1) | ~finite,
-        counted_as=f"the largest radius tried, {largest:.4g}; a map that is not finite is left out",
+        undefined=failed.any(dim=1) | is_constant(values) | ~finite,
+        counted_as=f"the largest radius tried, {largest:.4g}, where no change was found; pixels at random of a "
+        "constant map; a map that is not finite is left out",
         forwards=passes,
-        backwards=passes,
+        backwards=passes - len(inputs) * levels,
         details={"radius": radius, "failed": failed},
         settings={
             "shares": list(shares),
@@ -150,7 +154,7 @@ class _Attack:
     def __init__(self, scorer: Scorer, inputs: Tensor, support: Tensor, noise: Tensor, steps: int, size: int) -> None:
         self.model, self.inputs, self.support, self.noise, self.steps = scorer.model, inputs, support, noise, steps
         self.size = size
-        self.passes = 0
+        self.passes = len(inputs)
         with torch.no_grad():
             self.own = torch.cat([self._class_scores(part).argmax(dim=1) for part in inputs.split(size)])
 
@@ -216,7 +220,12 @@ class _Attack:
                 own = self.own[of].unsqueeze(1)
                 other = scores.scatter(1, own, -torch.inf).amax(dim=1)
                 margin = scores.gather(1, own).squeeze(1) - other
-                gradients.append(torch.autograd.grad(margin.sum(), moved)[0] * self.support[of])
+                gradient = (
+                    torch.autograd.grad(margin.sum(), moved, allow_unused=True)[0] if margin.requires_grad else None
+                )
+            if gradient is None:
+                raise InputError("model: its scores have no gradient with respect to its inputs, which PGD follows")
+            gradients.append(gradient * self.support[of])
             margins.append(margin.detach())
         return torch.cat(margins), torch.cat(gradients)
 

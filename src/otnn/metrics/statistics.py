@@ -131,6 +131,8 @@ class PairedTest:
         p_value: two-sided, by itself.
         adjusted: p value after Holm's correction over the family that was tested together; `p_value` of a single test.
         samples: pairs with two numbers.
+        effect: matched-pairs rank-biserial correlation in [-1, 1], the signed ranks over their absolute sum: its sign
+            is the direction that the test speaks of, which the mean need not have; 0 where no pair differs.
         test: "wilcoxon signed rank" or "sign flips of signed ranks".
     """
 
@@ -139,6 +141,7 @@ class PairedTest:
     p_value: float
     adjusted: float
     samples: int
+    effect: float
     test: str
 
 
@@ -170,7 +173,9 @@ def paired_test(first: Tensor, second: Tensor) -> PairedTest:
     name = "sign flips of signed ranks" if len(moved) <= EXACT else "wilcoxon signed rank"
     p = _sign_flips(moved) if len(moved) <= EXACT else _wilcoxon(moved)
     mean = float(difference.mean()) if len(difference) else math.nan
-    return PairedTest(mean, bootstrap_interval(difference), p, p, len(difference), name)
+    size = ranks(moved.abs())
+    effect = float((moved.sign() * size).sum() / size.sum()) if len(moved) else 0.0
+    return PairedTest(mean, bootstrap_interval(difference), p, p, len(difference), effect, name)
 
 
 def compare_paired(series: Mapping[str, Tensor], reference: str) -> dict[str, PairedTest]:

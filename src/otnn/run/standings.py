@@ -38,7 +38,8 @@ def paired_tests(cells: Cells) -> list[dict[str, Any]]:
     """OTNN saliency against every method on the unconstrained network, by every metric.
 
     Wilcoxon's signed rank test on the same images, two-sided, with Holm's correction over all tests of the list. The
-    distance between Saliency and SmoothGrad on one network is tested against that on the other.
+    distance between Saliency and SmoothGrad on one network is tested against that on the other. "better" is by the sign
+    of the ranks (`otnn.metrics.PairedTest.effect`): a few samples can turn the mean the other way.
     """
     found = {(cell["network"], cell["method"], cell["metric"]): cell for cell in cells if cell["reason"] is None}
     tests: Cells = []
@@ -56,7 +57,8 @@ def paired_tests(cells: Cells) -> list[dict[str, Any]]:
                 "p_value": number(test.p_value),
                 "samples": test.samples,
                 "test": test.test,
-                "better": bool((test.difference > 0) == (own["direction"] == "up") and test.difference != 0),
+                "effect": test.effect,
+                "better": test.effect > 0 if own["direction"] == "up" else test.effect < 0,
             }
         )
     # without a pair there is nothing to tell apart
