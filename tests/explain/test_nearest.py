@@ -70,7 +70,7 @@ def test_a_query_that_is_not_finite_finds_nothing_and_spoils_no_other() -> None:
         ({"labels": torch.zeros(5).long()}, "expected both"),
         ({"labels": torch.zeros(5).long(), "target": torch.zeros(3).long()}, r"one per sample, shape \(2,\)"),
         ({"labels": torch.zeros(3).long(), "target": torch.zeros(2).long()}, r"one per sample, shape \(5,\)"),
-        ({"labels": torch.zeros(5).long(), "target": torch.tensor([0, -1])}, "expected integers in 0"),
+        ({"labels": torch.zeros(5).long(), "target": torch.tensor([0, -2])}, "expected integers in 0"),
     ],
 )
 def test_bad_input_says_what_was_expected(arguments: dict[str, object], text: str) -> None:

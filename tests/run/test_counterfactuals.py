@@ -304,7 +304,8 @@ def test_the_rows_show_the_way_and_the_nearest_real_image(run: Run, box: bool, i
     said = predict(exact(way.boundary))
     assert iterations > 1 or torch.equal(said, way.target)  # a bent path may meet a third class
     near = nearest(data.train.images, way.reflected.float().clamp(0, 1), data.train.labels, way.target)
-    half, whole, end = (columns.index(name) for name in ("t = 0.5 t*", "t = 1 t*\n(boundary)", "t = 2 t*\n(reflected)"))
+    titles = ("t = 0.5 t*", "t = 1 t*\n(even with target)", "t = 2 t*\n(reflected)")
+    half, whole, end = map(columns.index, titles)
     for k, row in enumerate(found[0].rows):
         values = [torch.from_numpy(panel.values) for panel in row if panel is not None and panel.values is not None]
         assert len(values) == len(columns)
@@ -320,6 +321,32 @@ def test_the_rows_show_the_way_and_the_nearest_real_image(run: Run, box: bool, i
         told = float(re.search(r"moved (\S+)", row[whole].caption)[1])  # type: ignore[index, union-attr]
         assert told == pytest.approx(float(way.boundary_distance[k]), abs=0.006)
         assert f"says {int(said[k])}\n" in row[whole].caption  # type: ignore[union-attr]
+        # what is printed of the pair is a bound: rounded down, and of the target alone
+        told = re.fullmatch(r"to (\d)\nnot \1\nbelow (\S+)", row[1].caption)  # type: ignore[union-attr]
+        assert told is not None
+        assert int(told[1]) == way.target[k]
+        assert 0 <= float(way.pair_radius[k]) - float(told[2]) < 1e-3
+
+
+def test_an_image_that_cannot_be_read_spoils_no_row(run: Run) -> None:
+    data = dataset_of(run)
+    judge = run.network("unconstrained")
+    index = pictured(run.network("otnn"), data.test.images[:50], data.test.labels[:50])
+    # where the network gets one right only those are shown
+    data = replace(data, test=Split(data.test.images, (data.test.labels + 1) % 10))
+    broken = replace(data, test=Split(data.test.images.clone(), data.test.labels))
+    broken.test.images[index[1]] = torch.nan
+    _, found, _ = blocks(run, broken, index, None, None, judge, box=False, iterations=1, device="cpu")
+    _, alone, _ = blocks(run, data, index, None, None, judge, box=False, iterations=1, device="cpu")
+    for block, whole_block in zip(found, alone, strict=True):
+        words = [panel.caption for row in block.rows for panel in row if panel is not None and panel.values is None]
+        assert [" ".join(each.split()) for each in words] == ["to no class: the input holds NaN or infinite values"]
+        # what is said exactly at the boundary hangs on the rounding, which another batch may change
+        told, wanted = (
+            [[row[k].caption if row[k] else "" for k in (0, 1, -1)] for row in each.rows]  # type: ignore[union-attr]
+            for each in (block, whole_block)
+        )
+        assert sum(one == other for one, other in zip(told, wanted, strict=True)) == 3
 
 
 def test_the_plan_partner_stands_beside_training_images(whole: Path) -> None:

@@ -32,6 +32,7 @@ STATUSES = (
     "the gradient became zero on the way",
     "the path came to rest at the walls of the pixel box before the sign changed",
     "no change of sign at the lengths tried, up to the diameter of the pixel box",
+    "no target is known: -1 was given",
 )
 
 
@@ -42,11 +43,12 @@ class Counterfactual:
     Attributes:
         inputs: (n, ...).
         prediction: (n,) the class at the input, -1 where it is not known; with several labels, 0 or 1 for `label`.
-        target: (n,) the class that the path leads to; with several labels, the state of `label`.
+        target: (n,) the class that the path leads to; with several labels, the state of `label`; -1 where not known.
         label: (n,) the label that is flipped; None of a model that decides between classes.
-        pair_radius: (n,) g(x), a certified lower bound of the distance to where the pair is even; infinite where no
-            input changes the pair; NaN without a bound. The radius of the prediction, against all rivals, is
-            `otnn.certify.certify`'s.
+        pair_radius: (n,) g(x) as computed: a lower bound of the distance to where the pair of the exact map is even, up
+            to the rounding of the forward pass, which `otnn.certify` and `otnn.guarantees` take off; infinite where no
+            input changes the pair; NaN without a bound. A third class may come nearer: the radius of the prediction,
+            against all rivals, is `otnn.certify.certify`'s.
         radius_reason: why no pair radius is known, "no bound"; empty otherwise.
         one_step: (n, ...) x - g grad g / ||grad g||^2, where a linear potential would be even: x - g grad g where the
             gradient has norm 1, and so on the boundary at the optimum. Never clamped.
@@ -64,8 +66,11 @@ class Counterfactual:
         scores: (n, steps, outputs) all scores along the path.
         distance: (n,) L2 distance from the input to the first point found on the path that is predicted as the target;
             NaN if none.
-        flipped: (n,) whether there is such a point.
-        status: per sample "ok" where the boundary was found, or why not.
+        flipped: (n,) whether there is such a point: the boundary, or one of the images along the path, refined back to
+            where the target takes the lead.
+        status: per sample "ok" where the search found the boundary, or why not. It speaks of the lengths that the
+            search tried: an image between two of them may be predicted as the target all the same, and the sample is
+            then `flipped`, with a `distance` and without a boundary.
     """
 
     inputs: Tensor
@@ -113,7 +118,7 @@ def counterfactual(
     model: Classifier,
     inputs: Tensor,
     body: LipschitzBound | None,
-    target: Tensor | None = None,
+    target: Tensor | int | None = None,
     *,
     label: Tensor | int | None = None,
     steps: int = 21,
@@ -123,15 +128,16 @@ def counterfactual(
 ) -> Counterfactual:
     """Walk each input against the gradient of its pair potential, to the boundary and as far again beyond it.
 
-    The boundary is looked for from the certified radius on, or from an eighth of the first-order estimate of its
+    The boundary is looked for from the pair radius on, or from an eighth of the first-order estimate of its
     distance, g / ||grad g||, where that is longer; up to the diameter of the pixel box, sqrt(values).
 
     Args:
         model: a classifier in `eval()` mode; in float64 the boundary is found to about 1e-12 of its distance.
         inputs: (n, ...) in the model's shape and dtype, values in [0, 1].
         body: `otnn.lipschitz.bound(model.body, model.input_shape)`, or None: potentials are then differences of scores.
-        target: (n,) the class to go to; by default the rival with the smallest pair potential. With several labels, the
-            state 0 or 1 to bring the label to; by default the other one.
+        target: the class to go to, one for all or (n,); by default the rival with the smallest pair potential. With
+            several labels, the state 0 or 1 to bring the label to; by default the other one. A sample whose target is
+            -1, as of an input that cannot be read, does not walk.
         label: the label to flip, one for all or (n,), of a model that decides labels one by one; by default the one
             with the smallest potential |z| / (L ||w||).
         steps: images along each path, >= 2.
@@ -162,6 +168,7 @@ def counterfactual(
     value = pairs.potential(scores, everyone)
     state = torch.where(value > 0, 0, 5)
     state = torch.where(pairs.prediction == pairs.target, 4, state)
+    state = torch.where(pairs.known, state, 10)
     state = torch.where(torch.isfinite(scores).all(dim=1), state, 3)
     state = torch.where(usable, torch.where(inside, state, 2), 1)
     with torch.no_grad():
@@ -195,13 +202,14 @@ def _gathered(
     distance = _known(sample_norm(boundary - inputs), found)
     unconstrained = sample_norm(free.end - inputs)
     read = (state == 0) | (state > 3)  # the network has said something of it
-    fixed = (pairs.scale == 0) & (pairs.prediction != pairs.target)
-    radius = _known(torch.where(fixed, torch.inf, value.clamp(min=0)), read & pairs.bounded)
+    told = read & pairs.known
+    fixed = (pairs.scale == 0) & (value > 0)  # and no tie
+    radius = _known(torch.where(fixed, torch.inf, value.clamp(min=0)), told & pairs.bounded)
     newton = value / torch.where(down.slope > 0, down.slope, 1.0).square()
     return Counterfactual(
         inputs=inputs,
         prediction=pairs.prediction.masked_fill(~read, -1),
-        target=pairs.target if pairs.chosen else pairs.target.masked_fill(~read, -1),
+        target=pairs.target.masked_fill(~pairs.known if pairs.chosen else ~read, -1),
         label=pairs.label,
         pair_radius=radius,
         radius_reason="" if pairs.bounded else NO_BOUND,
@@ -212,11 +220,11 @@ def _gathered(
         unconstrained_distance=_known(unconstrained, free.found),
         outside=_known(_outside(down.walk.point(total, everyone, clamped=False)), found),
         tightness=radius / distance,
-        lengths=_known(way.lengths, read),
-        distances=_known(way.distances, read),
-        path=_known(way.path, read),
-        potential=_known(way.potential, read),
-        scores=_known(way.scores, read),
+        lengths=_known(way.lengths, told),
+        distances=_known(way.distances, told),
+        path=_known(way.path, told),
+        potential=_known(way.potential, told),
+        scores=_known(way.scores, told),
         distance=_known(sample_norm(walk.point(flip.nan_to_num(nan=0.0), everyone) - inputs), flip.isfinite()),
         flipped=flip.isfinite(),
         status=tuple(STATUSES[k] for k in torch.where(state == 0, _outcome(down), state).tolist()),
@@ -240,6 +248,8 @@ def _check(model: Classifier, inputs: Tensor, steps: int, iterations: int) -> tu
         raise InputError(f"steps: expected at least 2 images along the path, got {steps}")
     if iterations < 1:
         raise InputError(f"iterations: expected at least 1 evaluation of the gradient, got {iterations}")
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"inputs: expected a tensor, got {type(inputs).__name__}; convert it with torch.as_tensor()")
     check_images(torch.nan_to_num(inputs, posinf=0.0, neginf=0.0))
     check_model(model, inputs)
     check_precision(model, inputs)

@@ -18,7 +18,8 @@ class Neighbours:
     """The nearest images of each query, nearest first.
 
     Attributes:
-        index: (queries, k) places in the images; -1 where there are fewer of the class, or the query is not finite.
+        index: (queries, k) places in the images; -1 where there are fewer of the class, the query is not finite, or its
+            target is -1.
         distance: (queries, k) L2 distances; NaN likewise.
     """
 
@@ -44,7 +45,8 @@ def nearest(
         images: (m, ...) the real images, such as those of the training.
         queries: (q, ...) what is looked for, such as the images along a path; those that are not finite find nothing.
         labels: (m,) the classes of the images; given together with `target`.
-        target: (q,) the class that each query looks among.
+        target: (q,) the class that each query looks among; -1 where none is known, as of a `Counterfactual` whose input
+            cannot be read, and then nothing is found.
         k: how many.
         memory_budget: bytes of one chunk, beside images and queries.
 
@@ -59,7 +61,7 @@ def nearest(
         tensor([[5.]])
     """
     check_images(images, what="images")
-    finite = torch.isfinite(queries).flatten(1).all(dim=1)
+    usable = torch.isfinite(queries).flatten(1).all(dim=1)
     if queries.shape[1:] != images.shape[1:] or queries.dtype != images.dtype:
         raise InputError(
             f"queries: expected the shape and dtype of the images, {tuple(images.shape[1:])} {images.dtype}, "
@@ -73,7 +75,9 @@ def nearest(
         classes = 1 + int(labels.max())
         check_labels(labels, len(images), classes)
         # a class without images is no mistake: it finds nothing
-        check_labels(target, len(queries), max(classes, 1 + int(target.max())) if len(target) else classes)
+        most = max(classes, 1 + int(target.max())) if len(target) else classes
+        check_labels(target.masked_fill(target == -1, 0), len(queries), most)
+        usable &= (target >= 0).to(usable.device)
         labels, target = labels.to(images.device), target.to(images.device)
     centre = images.flatten(1).mean(dim=0)
     rows = images.flatten(1) - centre
@@ -84,7 +88,7 @@ def nearest(
     each = len(images) * (2 * rows.element_size() + 1) + 2 * some * rows.shape[1] * rows.element_size()
     index = torch.full((len(queries), k), -1, device=images.device)
     distance = torch.full((len(queries), k), torch.nan, dtype=images.dtype, device=images.device)
-    for chosen in finite.nonzero().squeeze(1).split(max(1, int(memory_budget // each))):
+    for chosen in usable.nonzero().squeeze(1).split(max(1, int(memory_budget // each))):
         points = queries[chosen].flatten(1).to(images.device) - centre
         chosen = chosen.to(images.device)
         table = torch.addmm(squares, points, rows.mT, alpha=-2)  # less ||query||^2, the same for all

@@ -23,8 +23,9 @@ class Pairs:
     Attributes:
         model: a classifier in `eval()` mode.
         prediction: (n,) the class at the input; with several labels, 0 or 1 for the label that is looked at.
-        target: (n,) the class to go to; with several labels, the state of that label.
+        target: (n,) the class to go to; with several labels, the state of that label; the default where none is known.
         chosen: whether the targets were given.
+        known: (n,) whether a target is known: not where -1 was given.
         label: (n,) that label; None of a model that decides between classes.
         scale: (n,) float64, what the difference of the scores is divided by: its Lipschitz constant, or 1 without a
             bound; 0 where the two rows of the head are equal, and then the difference is not divided.
@@ -37,6 +38,7 @@ class Pairs:
     prediction: Tensor
     target: Tensor
     chosen: bool
+    known: Tensor
     label: Tensor | None
     scale: Tensor
     bounded: bool
@@ -93,7 +95,7 @@ def choose_pairs(
     model: Classifier,
     inputs: Tensor,
     body: LipschitzBound | None,
-    target: Tensor | None,
+    target: Tensor | int | None,
     label: Tensor | int | None,
     memory_budget: float,
 ) -> tuple[Pairs, Tensor]:
@@ -123,20 +125,34 @@ def choose_pairs(
         distances = pair_distances(model, known).to(device)
         prediction = predict(scores)
         wanted, classes = nearest_rival(scores, prediction, distances), model.classes
+    known_target = torch.ones_like(wanted, dtype=torch.bool)
     if target is not None:
-        check_labels(target, count, classes)
-        wanted = target.to(device).long()
+        target = _one_each(target, count, classes, "target", unknown=True).to(device)
+        known_target = target >= 0
+        wanted = torch.where(known_target, target, wanted)
     if not model.multilabel:
         scale = distances[prediction, wanted]
     scale = scale if bounded else torch.ones_like(scale)
-    return Pairs(model, prediction, wanted, target is not None, labels, scale, bounded, forward, backward), scores
+    chosen = target is not None
+    pairs = Pairs(model, prediction, wanted, chosen, known_target, labels, scale, bounded, forward, backward)
+    return pairs, scores
 
 
 def _labels(label: Tensor | int | None, scores: Tensor, distances: Tensor) -> Tensor:
     """The label to flip of each sample (n,): the given one, or the one that may be nearest to its boundary."""
     if label is None:
         return (scores.abs() / distances.to(scores)).nan_to_num(nan=torch.inf).argmin(dim=1)
-    if isinstance(label, int):
-        label = torch.full((len(scores),), label)
-    check_labels(label, len(scores), scores.shape[1])
-    return label.to(scores.device).long()
+    return _one_each(label, len(scores), scores.shape[1], "label").to(scores.device)
+
+
+def _one_each(given: Tensor | int, count: int, classes: int, what: str, *, unknown: bool = False) -> Tensor:
+    """One integer for all, or one for each sample, as (count,) int64; a tensor may hold -1 for what is not known."""
+    if isinstance(given, int):
+        given, unknown = torch.full((count,), given), False
+    if not isinstance(given, Tensor):
+        raise InputError(
+            f"{what}: expected an integer for all samples or a tensor ({count},), got {type(given).__name__}; "
+            "convert it with torch.as_tensor()"
+        )
+    check_labels(given.masked_fill(given == -1, 0) if unknown else given, count, classes)
+    return given.long()

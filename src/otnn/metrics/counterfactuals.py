@@ -1,8 +1,9 @@
 """Counterfactuals: do they flip the decision, how far away, how near to real images, and where is the change?
 
 Samples that ask for no counterfactual (an input that is not finite or leaves [0, 1], a tie, a target that is predicted
-already) are left out everywhere and told in `undefined`. Measures of an image take the "boundary", the first point
-where the target is ahead, or the "reflected" point at the end of the path.
+already or not known) are left out everywhere and told in `undefined`. Measures of an image take the "boundary", the
+first point where the target is ahead, or the "reflected" point at the end of the path. A path that does not flip has an
+end too, which they count: without a boundary, twice the first-order estimate of its distance away.
 
 Example:
     >>> from otnn.explain import counterfactual
@@ -49,9 +50,9 @@ def validity(way: Counterfactual) -> MetricResult:
 
 
 def distance_over_radius(way: Counterfactual, radius: Tensor | None = None) -> MetricResult:
-    """L2 distance to the first point predicted as the target, over the certified radius: >= 1. Lower is better.
+    """L2 distance to the first point predicted as the target, over the radius of the pair: >= 1. Lower is better.
 
-    At the optimum it is 1: the nearest change of the decision lies along the gradient, at the certified distance.
+    At the optimum it is 1: the nearest change of the decision lies along the gradient, at the distance of the bound.
     Samples that do not flip, and all of a network without a bound, are left out.
 
     Args:
@@ -71,7 +72,7 @@ def distance_over_radius(way: Counterfactual, radius: Tensor | None = None) -> M
 
 
 def tightness(way: Counterfactual) -> MetricResult:
-    """Certified radius of the pair over the distance to its boundary along the path: in (0, 1]. Higher is better.
+    """Radius of the pair, g(x), over the distance to its boundary along the path: in (0, 1]. Higher is better.
 
     Samples without a boundary, and all of a network without a bound, are left out.
     """

@@ -15,7 +15,7 @@ from otnn.report.gallery import unit_map
 _SHOWN = 0.995
 _FONT = 7.5
 # Inches: of an image, between images, below one for its caption, above a block, and above all
-_WIDE, _GAP, _CAPTION, _TITLES, _NOTE = 1.2, 0.1, 0.5, 0.62, 0.62
+_WIDE, _GAP, _CAPTION, _TITLES, _NOTE = 1.2, 0.1, 0.5, 0.62, 0.76
 # of the page, so that the note fits
 _LEAST = 7.5
 

@@ -1,5 +1,6 @@
 """The rows of counterfactuals.png: a few test images on every network, and training images beside their partners."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from otnn.lipschitz import bound
 from otnn.models import Classifier, predict
 from otnn.report.counterfactual_pictures import Block, Panel
 from otnn.report.pictures import label
+from otnn.report.words import down
 from otnn.run.counterfactual_words import shown
 from otnn.run.fit import scores_of
 from otnn.run.folder import Run
@@ -63,11 +65,11 @@ def blocks(
     images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]
     goal = None if target is None else torch.full((len(images),), target)
     if goal is None:
-        goal = grid.walk(model, images, None).target.cpu().clamp(min=0)  # -1 of an image that cannot be read
+        goal = grid.walk(model, images, None).target.cpu()  # -1 of an image that cannot be read
     found = [Block(f"{shown(name)}: test images", grid.rows(name, images, labels, goal)) for name in run.networks]
     partners = grid.partners(source, target)
     columns = ["the image", "gradient of the\npotential"]
-    words = {1.0: "\n(boundary)", 2.0: "\n(reflected)"}
+    words = {1.0: "\n(even with target)", 2.0: "\n(reflected)"}
     columns += [f"t = {time:g} t*{words.get(time, '')}" for time in times]
     columns += ["nearest real image\nof the target"]
     if partners is not None:
@@ -83,8 +85,14 @@ def _note(box: bool, iterations: int) -> str:
         f"t* is the length of the path to the boundary, moved the L2 distance; {iterations} gradient"
         f"{'s' * (iterations > 1)} to the boundary, {kept}.\n"
         "Below each image: what the network says, and what the independent judge sees.\n"
+        "Below the gradient: no change of a smaller L2 norm makes the network say the target.\n"
         "Gradient: channel mean, divided by its L2 norm; brighter in blue and darker in orange leads to the target."
     )
+
+
+def _excluded(name: str, radius: float) -> str:
+    """Below which L2 norm no change makes the target: the pair's, as a third class may come nearer; rounded down."""
+    return f"not {name}\nbelow {down(radius)}" if math.isfinite(radius) else "no bound"
 
 
 def pictured(model: Classifier, images: Tensor, labels: Tensor, count: int = PICTURES) -> Tensor:
@@ -162,18 +170,19 @@ class _Grid:
         for k in range(len(images)):
             heard = [f"says {self._name(a)}\njudge {self._name(b)}" for a, b in zip(says[k], sees[k], strict=True)]
             row: list[Panel | None] = [Panel(images[k].numpy(), f"is {self._name(labels[k])}\n{heard[0]}")]
-            wanted = f"to {self._name(goal[k])}"
+            goal_name = self._name(goal[k]) if goal[k] >= 0 else "no class"
+            wanted = f"to {goal_name}"
             if way.status[k] != "ok":
                 rest = len(self.times) + 1
                 words = Panel(None, "\n".join(textwrap.wrap(f"{wanted}: {way.status[k]}", 24)))
                 rows.append([*row, None, words, *[None] * (rest - 1)])
                 continue
-            row.append(Panel(gradient[k], f"{wanted}\ncertified {float(way.pair_radius[k]):.2g}", signed=True))
+            row.append(Panel(gradient[k], f"{wanted}\n{_excluded(goal_name, float(way.pair_radius[k]))}", signed=True))
             for image, far, word in zip(shown_path[k], moved[k], heard[1:], strict=True):
                 row.append(Panel(image, f"moved {float(far):.2f}\n{word}"))
             found = int(near.index[k, 0])
             real = None if found < 0 else train.images[found].numpy()
-            row.append(Panel(real, f"{self._name(goal[k])}\n{float(near.distance[k, 0]):.1f} away"))
+            row.append(Panel(real, f"{goal_name}\n{float(near.distance[k, 0]):.1f} away"))
             rows.append(row)
         return rows
 
