@@ -151,6 +151,86 @@ def test_a_loose_bound_is_told_as_vacuous() -> None:
     assert exact["path_stability"].share > 0
 
 
+def test_a_sample_outside_the_box_or_without_a_target_is_told_alone() -> None:
+    model, inputs = model_of(), images(5)
+    with torch.no_grad():
+        own = model(inputs).argmax(dim=1)
+    target = (own + 1) % 3
+    body = bound(model.body)
+    whole = compute(model, inputs, body, target=target)
+    inputs[1, 0, 2, 2], target[3] = 1.01, -1
+    found = compute(model, inputs, body, target=target)
+    assert Potential(model, inputs, body, target).prediction.tolist() == [*own[:1], -1, *own[2:]]
+    assert Potential(model, inputs, body, target).target[3] == -1
+    for name, guarantee in found.items():
+        assert guarantee.reason[1] == "the input leaves [0, 1]"
+        assert bool(guarantee.vacuous[1])
+        assert bool(guarantee.bound[1].isnan())
+        if name != "robustness_sr":  # which is about the prediction, whatever the target
+            assert guarantee.reason[3] == "no target is known"
+            assert bool(guarantee.bound[3].isnan())
+        for k in (0, 2, 4):
+            assert guarantee.reason[k] == whole[name].reason[k]
+            assert torch.allclose(guarantee.bound[k], whole[name].bound[k], rtol=1e-6, atol=1e-6)
+    assert set(Potential(model, 255 * images(2) + 2, body).reason) == {"the input leaves [0, 1]"}
+    assert set(Potential(model, images(2), body, -1).reason) == {"no target is known"}
+
+
+def test_one_class_or_label_stands_for_all() -> None:
+    for multilabel in (False, True):
+        head = nn.Linear(9, 3, dtype=torch.float64)
+        model = Classifier(nn.Sequential(nn.Flatten()), head, (1, 3, 3), multilabel=multilabel).eval()
+        inputs, body = torch.rand(5, 1, 3, 3, dtype=torch.float64), bound(model.body)
+        one = {"label": 2} if multilabel else {"target": 2}
+        each = {name: torch.full((5,), value) for name, value in one.items()}
+        first, second = (compute(model, inputs, body, **given) for given in (one, each))
+        for name in NAMES:
+            assert torch.equal(first[name].bound.nan_to_num(), second[name].bound.nan_to_num()), name
+            assert first[name].reason == second[name].reason
+
+
+@pytest.mark.parametrize("kind", ["rows", "three classes", "one output", "label"])
+def test_a_constant_lead_is_no_tie(kind: str) -> None:
+    outputs = {"rows": 2, "three classes": 3, "one output": 1, "label": 2}[kind]
+    head = nn.Linear(4, outputs, dtype=torch.float64)
+    head.weight.data = torch.tensor([[1.0, 0, 0, 0]]).double().expand(outputs, 4).clone()
+    head.bias.data = torch.tensor([0.75, 0.25, -0.5]).double()[:outputs].clone()
+    if kind in ("one output", "label"):
+        head.weight.data[0] = 0
+    model = Classifier(nn.Sequential(nn.Flatten()), head, (1, 2, 2), multilabel=kind == "label").eval()
+    inputs, body = torch.rand(3, 1, 2, 2, dtype=torch.float64), bound(model.body)
+    label = 0 if kind == "label" else None
+    potential = Potential(model, inputs, body, label=label)
+    assert set(potential.reason) == {"the lead is constant: no change of the image alters it"}
+    found = guarantees(model, inputs, body, label=label, samples=5, robustness=torch.full((3, 1), torch.inf))
+    assert all("the lead is constant" in sentence for sentence in in_words(found["boundary_bracket"]))
+    if kind != "label":  # the other label can change
+        assert potential.radius.tolist() == [torch.inf] * 3
+        assert found["robustness_sr"].share == 1
+        assert set(found["robustness_sr"].reason) == {""}
+        assert "no change of the image alters it" in in_words(found["robustness_sr"])[0]
+    head.bias.data = torch.zeros(outputs, dtype=torch.float64)
+    tie = "the decision is a tie: the lead is below the rounding error"
+    assert set(Potential(model, inputs, body, label=label).reason) == {tie}
+
+
+def test_a_mask_that_changes_less_than_rounding_has_no_ratio() -> None:
+    head = nn.Linear(4, 1, dtype=torch.float64)
+    head.weight.data, head.bias.data = torch.full((1, 4), 0.5).double(), torch.full((1,), 0.25).double()
+    model = Classifier(nn.Sequential(nn.Flatten()), head, (1, 2, 2)).eval()
+    inputs = 0.25 + 0.5 * torch.rand(50, 1, 2, 2, dtype=torch.float64)
+    potential = Potential(model, inputs, bound(model.body))
+    mask = torch.zeros(1, 1, 2, 2)
+    tiny = masking_ceiling(potential, mask, inputs - 8e-16 * potential.direction)
+    assert bool((tiny.details["ceiling"] > 0).all())
+    assert bool(tiny.details["ratio"].isnan().all())
+    assert all("nan" not in sentence for sentence in in_words(tiny))
+    for length in (1e-13, 1e-10, 0.1):  # along the gradient of an affine model the ratio is 1, and by rounding not more
+        ratio = masking_ceiling(potential, mask, inputs - length * potential.direction).details["ratio"]
+        assert bool((ratio <= 1).all())
+        assert bool((ratio >= 1 - 4e-15 / length).all())
+
+
 def test_a_path_that_leaves_the_box_is_told() -> None:
     head = nn.Linear(4, 1, dtype=torch.float64)
     head.weight.data, head.bias.data = torch.tensor([[1.0, 0, 0, 0]]).double(), torch.zeros(1).double()
@@ -185,7 +265,8 @@ def test_labels_have_potentials_of_their_own() -> None:
     ("call", "text"),
     [
         (lambda p, x: Potential(nn.Linear(2, 2), x, None), "expected an otnn Classifier"),  # type: ignore[arg-type]
-        (lambda p, x: Potential(p.model, x * 255, None), "values in [0, 1]"),
+        (lambda p, x: Potential(p.model, x, None, 3), "integers in 0..2"),
+        (lambda p, x: Potential(p.model, x, None, torch.tensor([0, -2])), "integers in 0..2"),
         (lambda p, x: Potential(p.model, x[:0], None), "at least one sample"),
         (lambda p, x: Potential(p.model, x[:, :, :5], None), "images of shape"),
         (lambda p, x: Potential(p.model, x, None, torch.tensor([0, 3])), "integers in 0..2"),

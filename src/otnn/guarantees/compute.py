@@ -26,9 +26,9 @@ def guarantees(
     model: Classifier,
     inputs: Tensor,
     body: LipschitzBound | None,
-    target: Tensor | None = None,
+    target: Tensor | int | None = None,
     *,
-    label: Tensor | None = None,
+    label: Tensor | int | None = None,
     boundary: Tensor | None = None,
     attribution: Tensor | None = None,
     baseline: Tensor | float = 0.0,
@@ -45,15 +45,17 @@ def guarantees(
     """Compute every guarantee that applies, each beside the map of the same samples.
 
     The counterfactual path goes against the gradient of the potential to the boundary. What cannot be said of one
-    sample (not finite, target equal to the prediction, a tie, no gradient, no boundary) is told in its `reason`; of a
-    network without a bound all are vacuous, and of one with a loose bound most.
+    sample (not finite, outside [0, 1], no target known or the prediction itself, a constant lead, a tie, no gradient,
+    no boundary) is told in its `reason`; of a network without a bound all are vacuous, and of one with a loose bound
+    most.
 
     Args:
         model: a classifier in `eval()` mode.
-        inputs: (n, channels, height, width), floats in [0, 1]; a sample may hold NaN or infinite values.
+        inputs: (n, channels, height, width), floats in [0, 1]; a sample may hold other, NaN or infinite values.
         body: `otnn.lipschitz.bound(model.body, model.input_shape)`, or None where none is known.
-        target: (n,) the class that the path leads to; the nearest rival by default.
-        label: (n,) of a multi-label model; the nearest to its boundary by default.
+        target: the class that the path leads to, one for all or (n,), -1 where none is known; the nearest rival by
+            default.
+        label: of a multi-label model, one for all or (n,); the nearest to its boundary by default.
         boundary: (n, ...) points on the boundary that are known already, NaN where there is none.
         attribution: (n, channels or 1, ...) the map whose pixels Deletion and Insertion take in turn; the gradient of
             the potential by default.

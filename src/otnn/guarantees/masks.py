@@ -22,7 +22,8 @@ def masking_ceiling(
 ) -> Guarantee:
     """Bound what each mask changes in the potential: |g(x) - g(x_masked)| <= ||x - x_masked||.
 
-    A drop divided by its ceiling lies in [0, 1] and compares across models, whatever their scale. Vacuous where no mask
+    A drop divided by its ceiling lies in [0, 1] and compares across models, whatever their scale: above 1 it is only by
+    the errors of the two values of g, and 1 is told. Vacuous where no mask
     that changes the picture has a ceiling below g(x): then none is certain to leave the decision as it is.
 
     Args:
@@ -36,7 +37,8 @@ def masking_ceiling(
     Returns:
         The mean ceiling over the masks, in the L2 norm of the input, which bounds the mean change of g. `details`:
         "ceiling" (n, k); "drop" (n, k), g(x) - g(x_masked); "ratio" (n, k), the absolute drop over the ceiling, NaN for
-        masks that change nothing; "safe" (n,), the share of the masks that change the picture by less than g(x).
+        masks that change nothing, or less than the drop may be off by rounding; "safe" (n,), the share of the masks
+        that change the picture by less than g(x).
 
     Raises:
         InputError: masks or a baseline that do not fit.
@@ -53,7 +55,7 @@ def masking_ceiling(
     inputs = potential.inputs
     filling, bank = _filling(inputs, baseline), _bank(inputs, masks)
     n, k = len(inputs), bank.shape[1]
-    ceiling, score = inputs.new_empty(n, k), inputs.new_empty(n, k)
+    ceiling, score, error = (inputs.new_empty(n, k) for _ in range(3))
     rows = chunk_size(inputs[:1], potential.memory_budget, potential.model)
     for part in torch.arange(n * k, device=inputs.device).split(rows):
         of, which = part // k, part % k
@@ -61,12 +63,13 @@ def masking_ceiling(
         fill = filling[of] if len(filling) > 1 else filling
         masked = torch.lerp(fill.expand_as(inputs[of]), inputs[of], mask.expand_as(inputs[of]))
         ceiling[of, which] = sample_norm(inputs[of] - masked) * (1 + (inputs[0].numel() + 8) * 2.0**-53)
-        with torch.no_grad():
-            score[of, which] = potential(masked, of)
+        score[of, which], error[of, which] = potential.bounded(masked, of)
     drop = potential.value.unsqueeze(1) - score
     known = potential.known.unsqueeze(1)
     changed = ceiling > 0
-    ratio = torch.where(changed & known, drop.abs() / torch.where(changed, ceiling, 1.0), torch.nan)
+    off = (error + potential.error.unsqueeze(1)) * (1 + 2.0**-50) + drop.abs() * 2.0**-52
+    limited = torch.where(drop.abs() - ceiling <= off, drop.abs().minimum(ceiling), drop.abs())
+    ratio = torch.where(known & (ceiling > off), limited / torch.where(changed, ceiling, 1.0), torch.nan)
     safe = (changed & (ceiling < (potential.value - potential.error).unsqueeze(1))).double().sum(dim=1)
     limit = torch.where(potential.known, ceiling.mean(dim=1), torch.nan)
     vacuous = ~potential.known | (safe == 0)
@@ -230,7 +233,7 @@ def robustness_bracket(potential: Potential, upper: Tensor, support: Tensor | No
             )
         slope = (potential.gradient.unsqueeze(1) * support).flatten(2).square().sum(dim=2).sqrt()
         details["first_order"] = potential.value.unsqueeze(1) / slope  # infinite where the set has no gradient
-    none = torch.isinf(upper).all(dim=1)
+    none = torch.isinf(upper).all(dim=1) & ~torch.isinf(lower)  # a radius without end needs no upper one
     return Guarantee(
         name="robustness_sr",
         bound=lower,
@@ -240,7 +243,7 @@ def robustness_bracket(potential: Potential, upper: Tensor, support: Tensor | No
             ["" if sure else reason for sure, reason in zip(certain.tolist(), potential.reason, strict=True)],
             (lower < GREY, "the lower end is below one grey level of one pixel"),
             (none, "the search found no change: no upper end"),
-            (torch.isinf(upper).any(dim=1), "the search found no change of some of the sets"),
+            (torch.isinf(upper).any(dim=1) & ~torch.isinf(lower), "the search found no change of some of the sets"),
         ),
         domain=SR_DOMAIN,
         details=details,

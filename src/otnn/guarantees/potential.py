@@ -19,6 +19,7 @@ from otnn.models import Classifier, check_model, predict
 from otnn.potential import class_scores, label_distances, nearest_rival, pair_distances
 
 NO_BOUND = "the network has no proven Lipschitz bound"
+CONSTANT = "the lead is constant: no change of the image alters it"
 # The coefficients are rounded so that the potential of exact arithmetic is not steeper than 1
 _DOWN = 1 - 2.0**-50
 # Gradients of a norm below this are no direction: squares would vanish
@@ -36,17 +37,17 @@ class Potential:
 
     Args:
         model: a classifier in `eval()` mode.
-        inputs: (n, channels, height, width), floats in [0, 1]; a sample may hold NaN or infinite values.
+        inputs: (n, channels, height, width), floats in [0, 1]; a sample may hold other, NaN or infinite values.
         body: `otnn.lipschitz.bound(model.body, model.input_shape)`; None, or an infinite constant, where none is known.
-        target: (n,) the class j, or the wanted state 0 or 1 of the label; by default the rival with the smallest
-            potential, or the other state.
-        label: (n,) of a multi-label model; by default the label with the smallest potential.
+        target: the class j, or the wanted state 0 or 1 of the label, one for all or (n,), -1 where none is known; by
+            default the rival with the smallest potential, or the other state.
+        label: of a multi-label model, one for all or (n,); by default the label with the smallest potential.
         memory_budget: bytes that the activations of one pass may take.
 
     Attributes:
-        inputs: (n, ...) float64; a sample that is not finite is all 0 here.
-        prediction: (n,) the class t, or the state of the label; -1 where the input is not finite.
-        target: (n,) the class j, or the wanted state.
+        inputs: (n, ...) float64; a sample that is not finite or leaves [0, 1] is all 0 here.
+        prediction: (n,) the class t, or the state of the label; -1 where the input is not finite or leaves [0, 1].
+        target: (n,) the class j, or the wanted state; -1 where none is known.
         label: (n,), or None.
         value: (n,) float64, g at the sample as computed.
         error: (n,) float64, how far that may be from exact arithmetic.
@@ -76,29 +77,34 @@ class Potential:
         model: Classifier,
         inputs: Tensor,
         body: LipschitzBound | None,
-        target: Tensor | None = None,
+        target: Tensor | int | None = None,
         *,
-        label: Tensor | None = None,
+        label: Tensor | int | None = None,
         memory_budget: float = MEMORY_BUDGET,
     ) -> None:
-        finite = _finite(model, inputs)
-        for given, classes in ((target, 2 if model.multilabel else model.classes), (label, model.head.out_features)):
-            if given is not None:
-                check_labels(given, len(inputs), classes)
+        finite, readable = _readable(model, inputs)
+        target, label = _one_each(target, inputs), _one_each(label, inputs)
+        unknown = torch.zeros_like(readable) if target is None else target == -1
+        if target is not None:
+            check_labels(target.masked_fill(unknown, 0), len(inputs), 2 if model.multilabel else model.classes)
+        if label is not None:
+            check_labels(label, len(inputs), model.head.out_features)
         if label is not None and not model.multilabel:
             raise InputError("label: expected none, as this model decides between classes; give target instead")
         self.memory_budget = memory_budget
-        self.inputs = torch.where(spread(finite, inputs), inputs, 0.0).detach().double()
+        self.inputs = torch.where(spread(readable, inputs), inputs, 0.0).detach().double()
         self.model: Classifier = composed(model).double().eval().requires_grad_(False)
         proven = body is not None and body.constant < torch.inf
         unit = body if body is not None and proven else LipschitzBound(1.0, ())
         scale = (label_distances if model.multilabel else pair_distances)(model, unit).to(inputs.device)
         self.trace, self._execute, missing = _bounded(self.model) if proven else (None, None, NO_BOUND)
         scores, error = self._scores(self.inputs)
-        asked = _ask_label(scores, scale, target, label) if model.multilabel else _ask_pair(scores, scale, target)
-        self.target, self.label = asked.target, asked.label
+        goal = None if target is None else target.masked_fill(unknown, 0)
+        asked = _ask_label(scores, scale, goal, label) if model.multilabel else _ask_pair(scores, scale, goal)
+        self.target, self.label = asked.target.masked_fill(unknown, -1), asked.label
         self.coefficients = asked.coefficients if proven else torch.zeros_like(asked.coefficients)
         self.value, self.error = self._combine(scores, error, self.coefficients)
+        lead, unsure = self._combine(scores, error, asked.signs)
         radius = _least(scores, error, scale, model.multilabel)
         self.gradient = self.gradient_at(self.inputs)
         norm = sample_norm(self.gradient)
@@ -107,14 +113,17 @@ class Potential:
         self.reason = first_reasons(
             [missing] * len(inputs),
             (~finite, "the input holds NaN or infinite values"),
+            (~readable, "the input leaves [0, 1]"),
+            (unknown, "no target is known"),
             (~torch.isfinite(scores).all(dim=1), "a score is not finite"),
             (asked.prediction == asked.target, "the target is what is predicted already"),
+            ((asked.width == 0) & (lead > unsure), CONSTANT),
             (~(self.value > self.error), "the decision is a tie: the lead is below the rounding error"),
         )
         self.known = torch.tensor([not reason for reason in self.reason], device=inputs.device)
-        certain = finite & torch.isfinite(scores).all(dim=1) & (not missing)
+        certain = readable & torch.isfinite(scores).all(dim=1) & (not missing)
         self.radius = torch.where(certain, radius.clamp(min=0), 0.0)
-        self.prediction = asked.prediction.masked_fill(~finite, -1)
+        self.prediction = asked.prediction.masked_fill(~readable, -1)
 
     def __call__(self, points: Tensor, index: Tensor | None = None) -> Tensor:
         """Return g (m,) at points (m, ...) that belong to the samples `index` (m,), by default all in turn."""
@@ -166,34 +175,42 @@ class Potential:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Which decision each sample is asked about: g = <coefficients, scores>."""
+    """Which decision each sample is asked about: the lead <signs, scores>, and g, the lead over its width (n,)."""
 
     prediction: Tensor
     target: Tensor
     label: Tensor | None
-    coefficients: Tensor
+    signs: Tensor
+    width: Tensor
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Of g in the scores, (n, outputs); 0 where the width is 0, and the lead constant."""
+        width = self.width.unsqueeze(1)
+        return torch.where(width > 0, self.signs / torch.where(width > 0, width, 1.0) * _DOWN, 0.0)
 
 
 def _ask_pair(scores: Tensor, scale: Tensor, target: Tensor | None) -> _Asked:
     """The predicted class against another one: (z_t - z_j) / scale."""
-    own = predict(scores)
-    rival = nearest_rival(scores, own, scale) if target is None else target.to(own)
-    width, classes = scale[own, rival].unsqueeze(1), max(2, scores.shape[1])
+    own, classes = predict(scores), max(2, scores.shape[1])
+    if target is None:
+        rival = nearest_rival(scores, own, scale)
+        rival = torch.where(rival == own, (own + 1) % classes, rival)  # where all rivals are infinitely far
+    else:
+        rival = target.to(own)
     signs = nn.functional.one_hot(own, classes).double() - nn.functional.one_hot(rival, classes).double()
     if scores.shape[1] == 1:  # classes -z/2 and z/2
         signs = (signs[:, 1:] - signs[:, :1]) / 2
-    coefficients = torch.where(width > 0, signs / torch.where(width > 0, width, 1.0) * _DOWN, 0.0)
-    return _Asked(own, rival, None, coefficients)
+    return _Asked(own, rival, None, signs, scale[own, rival])
 
 
 def _ask_label(scores: Tensor, scale: Tensor, target: Tensor | None, label: Tensor | None) -> _Asked:
     """The state of a label against the other: its score, positive at the sample, over its scale."""
-    width = torch.where(scale > 0, scale, torch.inf)  # a label that is constant has potential 0
-    nearest = torch.where(scale > 0, scores.abs() / width, torch.inf).argmin(dim=1)
-    label = nearest if label is None else label.to(scores.device)
+    distance = torch.where(scale > 0, scores.abs() / torch.where(scale > 0, scale, 1.0), torch.inf)
+    label = distance.argmin(dim=1) if label is None else label.to(scores.device)
     state = (scores.gather(1, label.unsqueeze(1)).squeeze(1) > 0).long()
-    signs = nn.functional.one_hot(label, scores.shape[1]) * (2 * state - 1).unsqueeze(1)
-    return _Asked(state, 1 - state if target is None else target.to(state), label, signs / width * _DOWN)
+    signs = nn.functional.one_hot(label, scores.shape[1]).double() * (2 * state - 1).unsqueeze(1)
+    return _Asked(state, 1 - state if target is None else target.to(state), label, signs, scale[label])
 
 
 def _least(scores: Tensor, error: Tensor, scale: Tensor, multilabel: bool) -> Tensor:
@@ -210,7 +227,7 @@ def _least(scores: Tensor, error: Tensor, scale: Tensor, multilabel: bool) -> Te
     # where the width is 0, the lead is constant: it can be lost by no change, or is none
     constant = torch.where(lead > 0, torch.inf, 0.0)
     quotient = torch.where(width > 0, lead / torch.where(width > 0, width, 1.0), constant)
-    return (quotient.amin(dim=1) * _DOWN).nan_to_num(nan=0.0)
+    return (quotient.amin(dim=1) * _DOWN).nan_to_num(nan=0.0, posinf=torch.inf)
 
 
 def _bounded(model: Classifier) -> tuple[Trace | None, BoundedExecution | None, str]:
@@ -222,8 +239,15 @@ def _bounded(model: Classifier) -> tuple[Trace | None, BoundedExecution | None, 
         return None, None, f"nothing is proven of the network: {error}"
 
 
-def _finite(model: Classifier, inputs: Tensor) -> Tensor:
-    """Refuse what no sample can be answered of; return which samples (n,) are finite."""
+def _one_each(given: Tensor | int | None, inputs: Tensor) -> Tensor | None:
+    """A target or a label as one per sample (n,)."""
+    if isinstance(given, int):
+        return torch.full((len(inputs),), given, device=inputs.device)
+    return None if given is None else given.to(inputs.device)
+
+
+def _readable(model: Classifier, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse what no sample can be answered of; return which samples (n,) are finite, and which lie in [0, 1]."""
     if not isinstance(model, Classifier):
         raise InputError(
             f"expected an otnn Classifier, which names its body and its head, got {type(model).__name__}; "
@@ -231,8 +255,6 @@ def _finite(model: Classifier, inputs: Tensor) -> Tensor:
         )
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim < 2 or len(inputs) == 0:
         check_images(torch.as_tensor(inputs))  # says what is wrong
-    finite = torch.isfinite(inputs).flatten(1).all(dim=1)
-    if bool(finite.any()):
-        check_images(inputs[finite], box=True)
     check_model(model, inputs)
-    return finite
+    finite = torch.isfinite(inputs).flatten(1).all(dim=1)
+    return finite, ((inputs >= 0) & (inputs <= 1)).flatten(1).all(dim=1)

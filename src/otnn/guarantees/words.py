@@ -105,6 +105,8 @@ def _ceiling(found: Guarantee, k: int) -> str:
 
 
 def _robustness(found: Guarantee, k: int) -> str:
+    if bool(found.bound[k] == float("inf")):
+        return "Whichever pixels are changed, the prediction stays: no change of the image alters it."
     upper = found.details["upper"][k].min()
     attacked = f"on the sets attacked, one of at most {_number(upper, ROUND_CEILING)} did"
     end = attacked if bool(upper < float("inf")) else found.reason[k]

@@ -180,8 +180,8 @@ def _explain_chunk(
     gradients: int,
 ) -> dict[str, Any]:
     way: Counterfactual = counterfactual(model, images, body, target, steps=STEPS)
-    # of the same pair of classes; where a score is not finite there is none
-    proven = guarantee_arrays(model, images, body, way.target.clamp(min=0), way.boundary, gradients=gradients)
+    # of the same pair of classes; -1 where a score is not finite and there is none
+    proven = guarantee_arrays(model, images, body, way.target, way.boundary, gradients=gradients)
     arrays = {
         "images": images.float(),
         "prediction": way.prediction,
