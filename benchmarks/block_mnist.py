@@ -12,7 +12,6 @@ network would have.
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from benchmarks import command
 from benchmarks.soundness.campaign import code_digest
 from otnn.data import Dataset, Split, load
 from otnn.errors import InputError
@@ -331,11 +331,7 @@ def picture(blocks: BlockImages, explained: Mapping[str, Mapping[str, Tensor]], 
 
 def main() -> None:
     """Run the benchmark; it exits 2 on a wrong setting."""
-    try:
-        app()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command.run(app)
 
 
 if __name__ == "__main__":

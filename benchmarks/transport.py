@@ -8,7 +8,6 @@ plain problem alone. Ratios are of times of the same round. The bar is 6 x.
 
 import io
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from benchmarks import command
 from benchmarks.timing import Json, peak_memory, ratios, spread, timed
 from otnn.data import load
 from otnn.errors import InputError
@@ -322,11 +322,7 @@ def plot(grown: Sequence[Json]) -> bytes:
 
 def main() -> None:
     """Run the benchmark."""
-    try:
-        app()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command.run(app)
 
 
 if __name__ == "__main__":

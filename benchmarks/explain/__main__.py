@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import benchmarks.explain
+from benchmarks import command
 from benchmarks.explain import by_hand, passes, peers
 from benchmarks.explain.subjects import Subject, subjects
 from benchmarks.timing import Json, peak_memory
@@ -176,11 +176,7 @@ def _write(report: Json, out: Path | None) -> None:
 
 def main() -> None:
     """Run a benchmark."""
-    try:
-        app()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command.run(app)
 
 
 if __name__ == "__main__":

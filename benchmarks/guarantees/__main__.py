@@ -1,16 +1,15 @@
 """The command line; it exits 1 where the campaign finds a violation, 2 on a wrong setting."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks import command
 from benchmarks.guarantees import __doc__ as about
 from benchmarks.guarantees.campaign import guarantees_campaign
 from benchmarks.soundness.campaign import run_campaign
-from otnn.errors import InputError
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -31,11 +30,7 @@ def run(
 
 def main() -> None:
     """Run the campaign."""
-    try:
-        app()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """The command line of the campaigns; it exits 1 where a campaign finds a violation, 2 on a wrong setting."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks import command
 from benchmarks.soundness.bounds import bounds_campaign
 from benchmarks.soundness.campaign import Campaign, run_campaign
 from benchmarks.soundness.rounding import rounding_campaign
 from benchmarks.soundness.trained import trained_campaign
-from otnn.errors import InputError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -65,11 +64,7 @@ def _run(campaign: Campaign, out: Path | None, workers: int) -> None:
 
 def main() -> None:
     """Run a campaign."""
-    try:
-        app()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from otnn.explain.guards import draw_seed, seeded, unchanged
 from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.methods import METHODS, check_rank, complete_settings
 from otnn.explain.scores import Scorer
-from otnn.models import Classifier, check_model
 
 # What torch says where a score does not depend on the inputs by differentiable operations
 _NO_GRADIENT = ("have been used in the graph", "does not require grad")
@@ -118,8 +117,6 @@ def attribute(
 
 def _scorer(model: nn.Module, x: Tensor, target: Tensor | int, score: str) -> Scorer:
     """The scorer, with the refusals of torch in words."""
-    if isinstance(model, Classifier):
-        check_model(model, x)
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise InputError(f"{training[0]} is in training mode; call model.eval() before explaining")

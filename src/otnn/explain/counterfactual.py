@@ -248,9 +248,7 @@ def _check(model: Classifier, inputs: Tensor, steps: int, iterations: int) -> tu
         raise InputError(f"steps: expected at least 2 images along the path, got {steps}")
     if iterations < 1:
         raise InputError(f"iterations: expected at least 1 evaluation of the gradient, got {iterations}")
-    if not isinstance(inputs, Tensor):
-        raise InputError(f"inputs: expected a tensor, got {type(inputs).__name__}; convert it with torch.as_tensor()")
-    check_images(torch.nan_to_num(inputs, posinf=0.0, neginf=0.0))
+    check_images(torch.nan_to_num(inputs, posinf=0.0, neginf=0.0) if isinstance(inputs, Tensor) else inputs)
     check_model(model, inputs)
     check_precision(model, inputs)
     flat = inputs.flatten(1)

@@ -76,7 +76,7 @@ def nearest(
         check_labels(labels, len(images), classes)
         # a class without images is no mistake: it finds nothing
         most = max(classes, 1 + int(target.max())) if len(target) else classes
-        check_labels(target.masked_fill(target == -1, 0), len(queries), most)
+        check_labels(target.masked_fill(target == -1, 0), len(queries), most, what="target")
         usable &= (target >= 0).to(usable.device)
         labels, target = labels.to(images.device), target.to(images.device)
     centre = images.flatten(1).mean(dim=0)

@@ -154,5 +154,5 @@ def _one_each(given: Tensor | int, count: int, classes: int, what: str, *, unkno
             f"{what}: expected an integer for all samples or a tensor ({count},), got {type(given).__name__}; "
             "convert it with torch.as_tensor()"
         )
-    check_labels(given.masked_fill(given == -1, 0) if unknown else given, count, classes)
+    check_labels(given.masked_fill(given == -1, 0) if unknown else given, count, classes, what=what)
     return given.long()
