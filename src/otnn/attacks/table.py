@@ -1,0 +1,31 @@
+"""The table of the attacks: what each is, which norms it knows and where it comes from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Attributes:
+        function: `(model, inputs, labels, radius, ...)`, or without the radius if `minimal`; returns the points
+            (n, ...), a failure being any point that `evaluate` does not count.
+        minimal: whether it looks for the nearest adversarial point, instead of one within a radius.
+        norms: those that it knows.
+        source: the library that it comes from.
+        draws: whether it draws random numbers, and so takes a `generator`.
+        passes: forwards and backwards in words, as run by default.
+    """
+
+    function: Callable[..., Tensor]
+    minimal: bool
+    norms: tuple[str, ...]
+    source: str
+    draws: bool
+    passes: str
+
+
+ATTACKS: Mapping[str, Attack] = {}
