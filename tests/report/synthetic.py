@@ -145,6 +145,8 @@ def explanations(
         "flipped": np.isfinite(end),
         "status": status,
         "index": np.arange(gallery) * 7,
+        "box": np.array(False),
+        "iterations": np.array(1),
     }
     arrays |= guarantee_arrays(gallery, radius, end)
     if twin:

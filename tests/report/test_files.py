@@ -125,6 +125,8 @@ def test_results_that_do_not_fit(run: Path, change: Callable[[dict[str, Any]], A
             "expected guarantees among .*, got a, b, c; make it",
         ),
         ("explanations.npz", {"guarantee_share": np.ones(2)}, r"guarantee_share: expected shape \(3\), got \(2,\)"),
+        ("explanations.npz", {"box": None}, "the array box is missing; make it with `otnn explain "),
+        ("explanations.npz", {"iterations": np.ones(4)}, r"iterations: expected shape \(\), got \(4,\)"),
         ("explanations.npz", {"unconstrained_saliency": None}, "unconstrained_saliency is missing"),
         ("explanations.npz", {"scores": np.ones((4, 21, 7))}, "expected scores of 3 classes, got 7"),
         ("explanations.npz", {"status": np.array([{}] * 4, dtype=object)}, "cannot be read .*allow_pickle=False"),

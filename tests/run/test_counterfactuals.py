@@ -1,5 +1,7 @@
 """Counterfactuals as a stage of a run: figures, judge, refusals, pictures, and the command line."""
 
+import base64
+import html
 import io
 import json
 import math
@@ -24,8 +26,9 @@ from otnn.explain import Counterfactual, counterfactual, nearest
 from otnn.lipschitz import bound
 from otnn.models import predict
 from otnn.report.counterfactual_pictures import Block, Panel, grid_picture
-from otnn.run import config
+from otnn.run import config, counterfactual_data
 from otnn.run import counterfactuals as stage
+from otnn.run.counterfactual_data import NEIGHBOURS, along, followed, real_images
 from otnn.run.counterfactual_grid import blocks, pictured
 from otnn.run.counterfactual_words import mark_best, verdict
 from otnn.run.counterfactuals import choose_images, counterfactual_run
@@ -97,6 +100,91 @@ def test_figures_are_those_of_the_library_called_by_hand(walked: tuple[Run, dict
     assert content["judge"]["seed"] == run.config.seed + 1
     own = run.network("unconstrained").state_dict()
     assert any(not torch.equal(value, own[name]) for name, value in judge.state_dict().items())
+
+
+def slow_nearness(way: Counterfactual, data: Dataset, k: int, step: int) -> tuple[float, float]:
+    """Image k at one length: its distance to the data of the target over the usual one, and whose image is nearest."""
+    train, test, goal = data.train, data.test, int(way.target[k])
+    own = train.images[train.labels == goal].double()
+
+    def mean_nearest(image: torch.Tensor) -> float:
+        return float((own - image.double()).flatten(1).norm(dim=1).sort().values[:NEIGHBOURS].mean())
+
+    usual = torch.tensor([mean_nearest(image) for image in test.images[test.labels == goal]]).mean()
+    far = (train.images.double() - way.path[k, step].double()).flatten(1).norm(dim=1)
+    return mean_nearest(way.path[k, step]) / float(usual), float(train.labels[far.argmin()] == goal)
+
+
+@pytest.mark.parametrize(("box", "iterations"), [(False, 1), (True, 1), (False, 3)])
+def test_the_way_is_held_against_real_images_at_every_length(run: Run, box: bool, iterations: int) -> None:
+    data = dataset_of(run)
+    settings = {"steps": 5, "box": box, "iterations": iterations}
+    images = data.test.images[:6].clone()
+    images[2] = torch.nan
+    way = stage.walk(run.network("otnn"), images, None, settings)
+    found = along(way, real_images(data, "cpu"))
+    assert all(values.shape == (6, 5) for values in found.values())
+    assert all(bool(values[2].isnan().all()) for values in found.values())
+    for k in (0, 1, 3, 4, 5):
+        for step in (0, 2, 4):
+            distance, same = slow_nearness(way, data, k, step)
+            assert float(found["data_distance"][k, step]) == pytest.approx(distance, rel=1e-5)
+            assert float(found["nearest_is_target"][k, step]) == same
+        assert found["lengths"][k, 0] == 0
+        if iterations == 1:
+            assert found["lengths"][k].tolist() == pytest.approx([0, 0.5, 1, 1.5, 2], rel=1e-6)
+    # at both ends the distance is that of the table
+    told = stage.measured(way, real_images(data, "cpu"), run.network("unconstrained"))
+    for name, end in (("data_distance_start", 0), ("data_distance", -1)):
+        assert torch.allclose(found["data_distance"][:, end], told[name].per_sample, rtol=1e-5, equal_nan=True)
+
+
+def test_the_content_tells_of_the_whole_way(walked: tuple[Run, dict[str, Any]]) -> None:
+    _, content = walked
+    assert content["along"]["samples"] == 20
+    assert [column["name"] for column in content["along"]["columns"]] == ["data_distance", "nearest_is_target"]
+    for network in content["networks"].values():
+        told, measures = network["along"], network["measures"]
+        assert told["lengths"] == [k / 4 for k in range(9)]
+        for name, end in (("data_distance_start", 0), ("data_distance", -1)):
+            assert told["data_distance"]["mean"][end] == pytest.approx(measures[name]["mean"], rel=1e-4)
+            assert told["data_distance"]["interval"][end] == pytest.approx(measures[name]["interval"], rel=1e-3)
+        shares, intervals = told["nearest_is_target"]["mean"], told["nearest_is_target"]["interval"]
+        assert all(low <= share <= high for share, (low, high) in zip(shares, intervals, strict=True))
+        # 20 images: a share is a twentieth
+        assert all(abs(20 * share - round(20 * share)) < 1e-9 for share in shares)
+    # at the end more real images of the target are nearest than where the images are from
+    own = content["networks"]["otnn"]["along"]["nearest_is_target"]["mean"]
+    assert own[-1] > own[0]
+
+
+def test_the_cost_of_the_whole_way_is_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataset_of(run)
+    real = real_images(data, "cpu")
+    each = 9 * real.images.numel()
+    assert followed(360, real, 9) == 360
+    monkeypatch.setattr(counterfactual_data, "_PRODUCTS", 5 * each + 1)
+    assert (followed(360, real, 9), followed(3, real, 9), followed(360, real, 90)) == (5, 3, 2)
+    content = counterfactual_run(run, samples=12)
+    assert (content["samples"], content["along"]["samples"]) == (12, 5)
+    chosen = choose_images(data.test.labels, 12, 0, None, None)
+    way = stage.walk(run.network("otnn"), data.test.images[chosen[:5]], None, {"steps": 9})
+    told = content["networks"]["otnn"]
+    mean = along(way, real)["data_distance"].mean(dim=0).tolist()
+    assert told["along"]["data_distance"]["mean"] == pytest.approx(mean, rel=1e-4)
+    assert told["measures"]["validity"]["samples"] == 12
+
+
+def test_a_class_without_training_images_leaves_the_distance_open(run: Run) -> None:
+    data = dataset_of(run)
+    way = stage.walk(run.network("otnn"), data.test.images[:8], None, {"steps": 3})
+    kept = data.train.labels != way.target[0]
+    lacking = replace(data, train=Split(data.train.images[kept], data.train.labels[kept]))
+    found = along(way, real_images(lacking, "cpu"))
+    missing = way.target == way.target[0]
+    assert bool(found["data_distance"][missing].isnan().all())
+    assert bool(found["data_distance"][~missing].isfinite().all())
+    assert bool((found["nearest_is_target"][missing] == 0).all())
 
 
 def test_files_are_of_the_run_and_hold_the_content(walked: tuple[Run, dict[str, Any]]) -> None:
@@ -251,7 +339,7 @@ def test_a_tie_and_a_broken_image_leave_the_others_as_they_are(run: Run, monkeyp
     images = data.test.images[torch.cat([torch.tensor([tied]), decided, torch.tensor([0])])].clone()
     images[-1, 0, 0, 0] = torch.nan
     labels = torch.zeros(len(images), dtype=torch.long)
-    real = stage._real(data, "cpu")
+    real = real_images(data, "cpu")
     judge = run.network("unconstrained")
     way = stage.walk(model, images, None, {"steps": 9})
     assert way.status[0].startswith(("a tie", "the gradient is zero"))
@@ -301,7 +389,8 @@ def test_the_rows_show_the_way_and_the_nearest_real_image(run: Run, box: bool, i
     way: Counterfactual = counterfactual(
         exact, images.double(), bound(exact.body, exact.input_shape), steps=41, box=box, iterations=iterations
     )
-    said = predict(exact(way.boundary))
+    # at the change of sign itself the rounding decides, which depends on the batch
+    said = predict(exact(way.inputs + (1 + 1e-9) * (way.boundary - way.inputs)))
     assert iterations > 1 or torch.equal(said, way.target)  # a bent path may meet a third class
     near = nearest(data.train.images, way.reflected.float().clamp(0, 1), data.train.labels, way.target)
     titles = ("t = 0.5 t*", "t = 1 t*\n(even with target)", "t = 2 t*\n(reflected)")
@@ -321,6 +410,13 @@ def test_the_rows_show_the_way_and_the_nearest_real_image(run: Run, box: bool, i
         told = float(re.search(r"moved (\S+)", row[whole].caption)[1])  # type: ignore[index, union-attr]
         assert told == pytest.approx(float(way.boundary_distance[k]), abs=0.006)
         assert f"says {int(said[k])}\n" in row[whole].caption  # type: ignore[union-attr]
+        # small below each image: the training image that is nearest to it, of whatever class
+        for panel in (row[0], *row[2:-1]):
+            assert panel is not None
+            assert panel.below is not None
+            far = (data.train.images - torch.from_numpy(panel.values).clamp(0, 1)).flatten(1).norm(dim=1)
+            assert torch.equal(torch.from_numpy(panel.below.values), data.train.images[int(far.argmin())])
+            assert panel.below.caption == f"{int(data.train.labels[far.argmin()])}, {float(far.min()):.1f} away"
         # what is printed of the pair is a bound: rounded down, and of the target alone
         told = re.fullmatch(r"to (\d)\nnot \1\nbelow (\S+)", row[1].caption)  # type: ignore[union-attr]
         assert told is not None
@@ -371,6 +467,14 @@ def test_the_plan_partner_stands_beside_training_images(whole: Path) -> None:
     assert len(without) == 2
 
 
+def test_the_report_of_a_run_shows_them(whole: Path) -> None:
+    content = json.loads((whole / "counterfactuals.json").read_text())
+    page = (whole / "report.html").read_text()
+    section = page[page.index('id="counterfactuals"') : page.index('id="compare"')]
+    assert all(html.escape(sentence, quote=False).replace("'", "&#39;") in section for sentence in content["verdict"])
+    assert base64.b64encode((whole / "counterfactuals.png").read_bytes()).decode() in section
+
+
 def cell(mean: float | None, interval: list[float | None], direction: str = "up") -> dict[str, Any]:
     return {"mean": mean, "interval": interval, "direction": direction, "samples": 9, "undefined": 0}
 
@@ -385,7 +489,7 @@ def test_sentences_and_bold_follow_the_figures() -> None:
             "data_distance": cell(near, [near, near], "down"),
             "data_distance_start": cell(1.5, [1.4, 1.6], "down"),
         }
-        return {"measures": measures}
+        return {"measures": measures, "along": {"nearest_is_target": {"mean": [0.02, 0.3, score / 2]}}}
 
     names = ("validity", "distance", "independent_score", "data_distance")
     content: dict[str, Any] = {
@@ -399,7 +503,11 @@ def test_sentences_and_bold_follow_the_figures() -> None:
         "unconstrained": ["validity"],
         "adversarial": ["validity"],
     }
-    own, other, third, first, second = verdict(content)
+    own, near, other, _, third, _, first, second = verdict(content)
+    assert near == (
+        "OTNN: the nearest training image is of the target for 2.0% of the images before they are moved, and for "
+        "35.0% of the reflected ones."
+    )
     assert own == (
         "OTNN: 100.0% of 9 images flip, after a mean L2 distance of 2.00; the judge sees the target in 70.0% of the "
         "reflected images (10.0% of the originals). They are nearer to the data of the target than the originals: "
@@ -412,11 +520,12 @@ def test_sentences_and_bold_follow_the_figures() -> None:
     assert first.startswith("The judge follows the OTNN's images more often than those of the unconstrained network")
     assert second.startswith("The intervals do not tell the judge's opinion of the OTNN and the adversarial")
     content["networks"]["otnn"] = network(0.05, 1.2)
-    assert "less often than those of the unconstrained" in verdict(content)[3]
+    assert "less often than those of the unconstrained" in verdict(content)[6]
     content["networks"]["otnn"]["measures"]["validity"]["mean"] = None
     content["networks"]["otnn"]["measures"]["independent_score"] = cell(None, [None, None])
+    content["networks"]["otnn"]["along"]["nearest_is_target"]["mean"] = [None, None, None]
     assert verdict(content)[0] == "OTNN: no image could be asked for a counterfactual."
-    assert len(verdict(content)) == 3
+    assert len(verdict(content)) == 5
 
 
 def test_a_network_alone_in_one_image(tmp_path: Path) -> None:
@@ -435,6 +544,11 @@ def test_the_grid_draws_what_it_is_given() -> None:
     with Image.open(io.BytesIO(png)) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**20) or []}
     assert {(11, 79, 138), (168, 67, 0)} <= colours  # both ends of the map
+    below = [[replace(rows[0][0], below=Panel(ramp, "small", signed=True)), None, None, None]]  # type: ignore[type-var]
+    taller = grid_picture(["one", "two", "three", "four"], [Block("first", rows), Block("second", below * 2)], "note")
+    sizes = [Image.open(io.BytesIO(each)).size for each in (png, taller)]
+    assert sizes[1][0] == sizes[0][0]
+    assert sizes[1][1] > sizes[0][1] + 100
     with_none = grid_picture(["one"], [Block("empty", [])], "note")
     assert with_none.startswith(b"\x89PNG")
 

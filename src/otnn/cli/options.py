@@ -38,6 +38,8 @@ Adversarial = Annotated[
     typer.Option(help="Also train an ordinary network on attacks of that L2 radius.", metavar="EPS"),
 ]
 NoTwin = Annotated[bool, typer.Option("--no-twin", help="Do not train the unconstrained twin.")]
+Box = Annotated[bool, typer.Option("--box", help="Keep the counterfactuals in the range of pixels.")]
+Iterations = Annotated[int, typer.Option(help="Gradients on the way to the boundary.", min=1)]
 MovedData = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Where the data of the run lie now, if they have moved.", metavar="DIR"),

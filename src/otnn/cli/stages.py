@@ -8,7 +8,9 @@ import typer
 from otnn.cli.options import (
     AcceptEdits,
     AsJson,
+    Box,
     Device,
+    Iterations,
     MovedData,
     RunFolder,
     SkipBroken,
@@ -64,6 +66,8 @@ def explain(
     gradients: Annotated[
         int, typer.Option(help="Gradients of certified SmoothGrad per image; it says something from ~20,000 on.", min=1)
     ] = 10,
+    box: Box = False,
+    iterations: Iterations = 1,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite pictures that exist.")] = False,
     as_json: AsJson = False,
@@ -77,22 +81,23 @@ def explain(
 
     place = choose_device(device)
     opened = open_run(run, accept_edits=accept_edits)
+    way: dict[str, Any] = {"box": box, "iterations": iterations}
     if not images:
         if target is not None or out is not None:
             raise InputError("--target and --out go with image files; give some, or leave them out for the gallery")
         dataset = dataset_of(opened, data_dir)
-        arrays = explain_gallery(opened, dataset=dataset, samples=samples, gradients=gradients, device=place)
+        arrays = explain_gallery(opened, dataset=dataset, samples=samples, gradients=gradients, device=place, **way)
         counted = min(samples, len(dataset.test)) or len(arrays["index"])
         file = str(run / "explanations.npz")
-        told: dict[str, Any] = {"gallery": file, "samples": counted, "guarantees": figures(arrays)}
+        told: dict[str, Any] = {"gallery": file, **way, "samples": counted, "guarantees": figures(arrays)}
         over = f"{counted} {'random test images' if samples else 'images of the gallery'}"
         tell(told, as_json, guarantees_table(told["guarantees"], over), f"gallery of test images: {file}")
         return
     if samples:
         raise InputError("--samples goes with the gallery; leave out the image files")
     settings: dict[str, Any] = {"out": out, "force": force, "skip_broken": skip_broken, "gradients": gradients}
-    rows = explain_files(opened, images, target=target, device=place, **settings)
-    tell({"images": rows}, as_json, explained_table(rows))
+    rows = explain_files(opened, images, target=target, device=place, **settings, **way)
+    tell({**way, "images": rows}, as_json, explained_table(rows))
     for row in rows:
         say(f"\n{Path(row['file']).name}", as_json)
         for name in SHORT:
@@ -166,8 +171,8 @@ def counterfactual(
         str | None, typer.Option("--to", help="The class to go to; by default the nearest rival.", metavar="CLASS")
     ] = None,
     samples: Annotated[int, typer.Option(help="Test images, drawn at random; 0 takes all.", min=0)] = 1000,
-    box: Annotated[bool, typer.Option("--box", help="Keep the images in the range of pixels.")] = False,
-    iterations: Annotated[int, typer.Option(help="Gradients on the way to the boundary.", min=1)] = 1,
+    box: Box = False,
+    iterations: Iterations = 1,
     judge: Annotated[
         Path | None,
         typer.Option(

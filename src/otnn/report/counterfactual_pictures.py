@@ -15,9 +15,11 @@ from otnn.report.gallery import unit_map
 _SHOWN = 0.995
 _FONT = 7.5
 # Inches: of an image, between images, below one for its caption, above a block, and above all
-_WIDE, _GAP, _CAPTION, _TITLES, _NOTE = 1.2, 0.1, 0.5, 0.62, 0.76
+_WIDE, _GAP, _CAPTION, _TITLES, _NOTE = 1.2, 0.1, 0.5, 0.62, 0.9
 # of the page, so that the note fits
 _LEAST = 7.5
+# A small image below the caption, as a share of the size of the others, and its own caption
+_SMALL, _LINE = 0.5, 0.34
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Panel:
         values: (channels, height, width); None where only the caption is written.
         caption: what stands below, in lines.
         signed: draw the channel mean of a signed map instead of an image.
+        below: a second image, drawn small below the caption.
     """
 
     values: NDArray[Any] | None
     caption: str
     signed: bool = False
+    below: "Panel | None" = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def grid_picture(columns: Sequence[str], blocks: Sequence[Block], note: str) -> 
             for column, panel in enumerate(row):
                 if panel is not None:
                     page.draw(column, top, panel)
-            top += page.tall + _CAPTION
+            top += page.row(row)
     stream = io.BytesIO()
     page.figure.savefig(stream, format="png")
     return stream.getvalue()
@@ -92,7 +96,7 @@ class _Page:
         shapes = [panel.values.shape for panel in panels if panel.values is not None]
         self.tall = _WIDE * max((height / width for _, height, width in shapes), default=1.0)
         self.width = max(_LEAST, len(columns) * (_WIDE + _GAP) + _GAP)
-        self.height = _NOTE + sum(_TITLES + len(block.rows) * (self.tall + _CAPTION) for block in blocks)
+        self.height = _NOTE + sum(_TITLES + sum(map(self.row, block.rows)) for block in blocks)
         self.figure: Any = Figure(figsize=(self.width, self.height), dpi=110)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_axis_off()
@@ -100,6 +104,11 @@ class _Page:
         self.limit = _limit(panels)
         stops = [[part / 255 for part in stop] for stop in DIVERGING]
         self.colours = LinearSegmentedColormap.from_list("diverging", stops)
+
+    def row(self, panels: Sequence[Panel | None]) -> float:
+        """The height of a row with its captions."""
+        small = any(panel is not None and panel.below is not None for panel in panels)
+        return float(self.tall + _CAPTION + small * (_SMALL * self.tall + _LINE))
 
     def middle(self, column: int) -> float:
         """The middle of a column."""
@@ -109,13 +118,13 @@ class _Page:
         """A text that is centred at x."""
         self.axes.text(x, y, text, fontsize=size, ha="center", va=va, **how)
 
-    def draw(self, column: int, top: float, panel: Panel) -> None:
-        """A panel with its caption."""
-        middle = self.middle(column)
+    def draw(self, column: int, top: float, panel: Panel, size: float = 1.0) -> None:
+        """A panel with its caption, and what stands below it."""
+        middle, wide, tall = self.middle(column), size * _WIDE, size * self.tall
         if panel.values is None:
-            self.write(middle, top + self.tall / 4, panel.caption, _FONT)
+            self.write(middle, top + tall / 4, panel.caption, _FONT)
             return
-        place = (middle - _WIDE / 2, middle + _WIDE / 2, top + self.tall, top)
+        place = (middle - wide / 2, middle + wide / 2, top + tall, top)
         how: dict[str, Any] = {"extent": place, "aspect": "auto", "interpolation": "nearest"}
         if panel.signed:
             self.axes.imshow(unit_map(panel.values), cmap=self.colours, vmin=-self.limit, vmax=self.limit, **how)
@@ -123,7 +132,9 @@ class _Page:
             pixels = np.clip(panel.values, 0, 1)
             shown = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels.mean(axis=0)
             self.axes.imshow(shown, cmap="gray", vmin=0, vmax=1, **how)
-        self.write(middle, top + self.tall + 0.04, panel.caption, _FONT)
+        self.write(middle, top + tall + 0.04, panel.caption, _FONT)
+        if panel.below is not None:
+            self.draw(column, top + tall + _CAPTION, panel.below, _SMALL)
 
 
 def _limit(panels: Sequence[Panel]) -> float:

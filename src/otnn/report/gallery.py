@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from otnn.report.charts import Chart, chart, headroom
 from otnn.report.figures import Sheet, picture, sheet, signed_picture, signed_sheet
 from otnn.report.guarantees import Promise, promises, short_lines
-from otnn.report.load import PER_GUARANTEE, Arrays, RunFiles
+from otnn.report.load import NOT_PER_IMAGE, Arrays, RunFiles
 from otnn.report.words import down, evenly, percent
 
 _STRIP = 7
@@ -108,7 +108,7 @@ def make_cards(files: RunFiles) -> list[Card]:
 
 
 def _card(files: RunFiles, k: int) -> Card:
-    one = {name: values[k] for name, values in files.explanations.items() if name not in PER_GUARANTEE}
+    one = {name: values[k] for name, values in files.explanations.items() if name not in NOT_PER_IMAGE}
     classes = files.classes
     truth, prediction, target = (classes[int(one[name])] for name in ("label", "prediction", "target"))
     twin = classes[int(one["unconstrained_prediction"])] if files.has_twin else ""
@@ -246,7 +246,7 @@ def _curve(one: Arrays, classes: list[str]) -> Chart:
         f"The lead goes from {potential[0]:.3f} at the start to {potential[-1]:.3f} after "
         f"{lengths[-1]:.3f}{boundary}. "
         f"The certified radius is {down(radius)}.",
-        (float(lengths[0]), float(lengths[-1]), "length moved"),
+        (float(lengths[0]), float(lengths.max()), "length moved"),
         (low, high, "lead of the first answer"),
         width=380,
         height=200,

@@ -50,8 +50,10 @@ _GUARANTEES = {
     "guarantee_tightness": "ng",
     "guarantee_vacuous": "ng",
 }
+# How the way of each image was found
+_SETTINGS = {"box": "", "iterations": ""}
 # Those that have no entry per image
-PER_GUARANTEE = tuple(name for name, axes in _GUARANTEES.items() if not axes.startswith("n"))
+NOT_PER_IMAGE = tuple(name for name, axes in (_GUARANTEES | _SETTINGS).items() if not axes.startswith("n"))
 _TWIN = {"unconstrained_prediction": "n", "unconstrained_saliency": "nchw"}
 _PARTNERS = {
     "image": "nchw",
@@ -75,6 +77,7 @@ _RESULTS = {
     "data": ("name", "classes", "input_shape", "train", "validation", "test", "class_shares"),
     "otnn": ("accuracy", "balanced_accuracy", "recall", "parameters", "lipschitz_bound"),
 }
+_COUNTERFACTUALS = ("samples", "from", "to", "box", "iterations", "judge", "columns", "along", "networks", "verdict")
 _NETWORK = ("accuracy", "balanced_accuracy", "recall", "parameters")
 
 
@@ -93,6 +96,8 @@ class RunFiles:
         partners: the arrays of audit.npz; empty likewise.
         compare: compare.json; None where no explanations were compared.
         compare_pictures: the bytes of its pictures by name; empty likewise.
+        counterfactuals: counterfactuals.json; None where none were measured.
+        counterfactual_picture: the bytes of its picture; empty likewise.
     """
 
     name: str
@@ -105,6 +110,8 @@ class RunFiles:
     partners: Arrays = field(default_factory=dict)
     compare: dict[str, Any] | None = None
     compare_pictures: dict[str, bytes] = field(default_factory=dict)
+    counterfactuals: dict[str, Any] | None = None
+    counterfactual_picture: bytes = b""
 
     @property
     def classes(self) -> list[str]:
@@ -128,7 +135,7 @@ def load_run(run: Path) -> RunFiles:
     results = _results(run)
     twin = _TWIN if "unconstrained" in results else {}
     certificates = _arrays(run, "certificates.npz", _CERTIFICATES, "certify")
-    explanations = _arrays(run, "explanations.npz", _EXPLANATIONS | _GUARANTEES | twin, "explain")
+    explanations = _arrays(run, "explanations.npz", _EXPLANATIONS | _GUARANTEES | _SETTINGS | twin, "explain")
     _check_certificates(run, results, certificates)
     _check_explanations(run, results, explanations)
     index = explanations["index"]
@@ -138,7 +145,7 @@ def load_run(run: Path) -> RunFiles:
         )
     explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
     told = (results, certificates, explanations, _metrics(run), _config(run))
-    return RunFiles(run.resolve().name, *told, *_audit(run, results), *_compare(run))
+    return RunFiles(run.resolve().name, *told, *_audit(run, results), *_compare(run), *_counterfactuals(run))
 
 
 def _results(run: Path) -> dict[str, Any]:
@@ -284,18 +291,38 @@ def _audit(run: Path, results: dict[str, Any]) -> tuple[dict[str, Any] | None, A
 
 def _compare(run: Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
     """Read compare.json and its pictures, where explanations were compared."""
-    pictures = [run / "compare.png", run / "compare-pareto.png"]
-    file = run / "compare.json"
-    missing = [path for path in (file, *pictures) if not path.exists()]
-    if len(missing) == 3:
+    return _with_pictures(run, "compare.json", ("compare.png", "compare-pareto.png"), "compare")
+
+
+def _counterfactuals(run: Path) -> tuple[dict[str, Any] | None, bytes]:
+    """Read counterfactuals.json and its picture, where counterfactuals were measured."""
+    name = "counterfactuals.png"
+    content, pictures = _with_pictures(run, "counterfactuals.json", (name,), "counterfactual")
+    if content is None:
+        return None, b""
+    missing = [key for key in _COUNTERFACTUALS if key not in content]
+    if missing:
+        raise InputError(
+            f"{run / 'counterfactuals.json'}: lacks {', '.join(missing)}; make it with `otnn counterfactual {run}`"
+        )
+    return content, pictures[name]
+
+
+def _with_pictures(
+    run: Path, name: str, pictures: tuple[str, ...], command: str
+) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
+    """Read the JSON file of a command and its pictures by name; nothing where all are absent."""
+    files = [run / each for each in (name, *pictures)]
+    missing = [path for path in files if not path.exists()]
+    if len(missing) == len(files):
         return None, {}
-    mend = f"make it with `otnn compare {run}`"
+    mend = f"make it with `otnn {command} {run}`"
     if missing:
         raise InputError(f"{missing[0]}: no such file; {mend}")
-    compare = read_json(file)
-    if compare.get("format") != 1:
-        raise InputError(f"{file}: expected format 1, got {compare.get('format')}; {mend}")
-    return compare, {path.name: path.read_bytes() for path in pictures}
+    content = read_json(files[0])
+    if content.get("format") != 1:
+        raise InputError(f"{files[0]}: expected format 1, got {content.get('format')}; {mend}")
+    return content, {path.name: path.read_bytes() for path in files[1:]}
 
 
 def _check_radii(file: Path, arrays: Arrays, command: str) -> None:

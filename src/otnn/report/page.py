@@ -12,6 +12,7 @@ from otnn.report import words
 from otnn.report.audit import audit_section
 from otnn.report.charts import Chart, chart, headroom
 from otnn.report.compare import compare_section
+from otnn.report.counterfactuals import counterfactual_section
 from otnn.report.figures import DIVERGING
 from otnn.report.gallery import make_cards
 from otnn.report.guarantees import promise_table
@@ -82,7 +83,10 @@ def context(files: RunFiles) -> dict[str, Any]:
         "groups": radius_groups(files),
         "training": training_charts(files),
         "audit": audit_section(files),
+        "counterfactuals": counterfactual_section(files),
         "compare": compare_section(files),
+        "box": bool(files.explanations["box"]),
+        "iterations": int(files.explanations["iterations"]),
         "promises": promise_table(files.explanations),
         "settings": settings(files.config),
     }

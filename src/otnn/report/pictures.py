@@ -33,11 +33,11 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     from matplotlib.figure import Figure
 
     image, path, scores = arrays["images"][0], arrays["path"][0], arrays["scores"][0]
-    prediction, target = (label(classes[int(arrays[key][0])]) for key in ("prediction", "target"))
+    prediction, target = (label(class_name(classes, int(arrays[key][0]))) for key in ("prediction", "target"))
     radius, end, status = (arrays[key][0] for key in ("radius", "boundary_distance", "status"))
     maps = {f"OTNN: what speaks\nfor {prediction}": arrays["saliency"][0]}
     if "unconstrained_saliency" in arrays:
-        twin = label(classes[int(arrays["unconstrained_prediction"][0])])
+        twin = label(class_name(classes, int(arrays["unconstrained_prediction"][0])))
         maps[f"unconstrained: what\nspeaks for {twin}"] = arrays["unconstrained_saliency"][0]
     lines = [line for text in short_lines(arrays, 0) for line in textwrap.wrap(text, _LINE)]
     figure = Figure(figsize=(12, 6.0 + 0.2 * len(lines)), layout="constrained", dpi=110)
@@ -63,12 +63,23 @@ def explanation_picture(arrays: Mapping[str, Any], classes: Sequence[str]) -> by
     for axes, k in zip(frames, np.linspace(0, len(path) - 1, _FRAMES).round().astype(int), strict=True):
         show_image(axes, path[k], f"moved {lengths[k]:.3f}\n{label(classes[decided[k]])}")
     ending = f"even at {end:.3f}, tightness {arrays['tightness'][0]:.3f}" if status == "ok" else str(status)
-    rows[2].suptitle(
-        f"the way to {target}, with what the network says (clipped to [0, 1] for display); {ending}", fontsize=11
-    )
+    rows[2].suptitle(f"the way to {target}, with what the network says ({way_words(arrays)}); {ending}", fontsize=11)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
+
+
+def way_words(arrays: Mapping[str, Any]) -> str:
+    """How the ways were found: gradients to the boundary where they turn, and whether they stay in the box.
+
+    Example:
+        >>> way_words({"box": np.array(True), "iterations": np.array(3)})
+        '3 gradients to the boundary, kept in [0, 1]'
+    """
+    turns = int(arrays["iterations"])
+    return f"{turns} gradients to the boundary, " * (turns > 1) + (
+        "kept in [0, 1]" if bool(arrays["box"]) else "clipped to [0, 1] for display"
+    )
 
 
 def show_image(axes: Any, image: NDArray[Any], title: str) -> None:
@@ -102,6 +113,11 @@ def _curves(axes: Any, arrays: Mapping[str, Any], classes: Sequence[str]) -> Non
     axes.set_title("scores along the way", fontsize=10)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8)
+
+
+def class_name(classes: Sequence[str], index: int) -> str:
+    """The name of a class, or what stands for it where there is none (-1)."""
+    return classes[index] if index >= 0 else "no class"
 
 
 def label(name: str) -> str:

@@ -25,6 +25,8 @@ PICTURES = 4
 TIMES = (0.5, 1.0, 1.5, 2.0, 4.0)
 # Images along an iterated path, of which those at the lengths are taken
 _STEPS = 41
+# Of the distance, in float64
+_BEYOND = 1e-9
 # Images that are looked through for the pictures, at most
 _LOOKED = 2048
 
@@ -85,6 +87,7 @@ def _note(box: bool, iterations: int) -> str:
         f"t* is the length of the path to the boundary, moved the L2 distance; {iterations} gradient"
         f"{'s' * (iterations > 1)} to the boundary, {kept}.\n"
         "Below each image: what the network says, and what the independent judge sees.\n"
+        "Small: the training image, of any class, that is nearest to the one above, and how far away it is.\n"
         "Below the gradient: no change of a smaller L2 norm makes the network say the target.\n"
         "Gradient: channel mean, divided by its L2 norm; brighter in blue and darker in orange leads to the target."
     )
@@ -148,11 +151,16 @@ class _Grid:
             wanted = way.boundary_length.nan_to_num().unsqueeze(1) * way.lengths.new_tensor(self.times)
             place = (way.lengths.nan_to_num().unsqueeze(1) - wanted.unsqueeze(2)).abs().argmin(dim=2)
             images = way.path[torch.arange(len(place), device=self.device).unsqueeze(1), place]
-        images[:, self.times.index(1.0)] = way.boundary  # exactly: beyond the change of sign
+        # a little further than the change of sign, which another batch may round to the other side
+        beyond = way.inputs + (1 + _BEYOND) * (way.boundary - way.inputs)
+        images[:, self.times.index(1.0)] = beyond.clamp(0, 1) if self.box else beyond
         return images
 
     def rows(self, name: str, images: Tensor, labels: Tensor, goal: Tensor) -> list[list[Panel | None]]:
-        """One row per image: the image, the gradient, the way, and the nearest real image of the target to its end."""
+        """One row per image: the image, the gradient, the way, and the nearest real image of the target to its end.
+
+        Small, below the image and those along the way: the nearest real image of any class.
+        """
         model = self.run.network(name, self.device)
         way = self.walk(model, images, goal)
         train = self.dataset.train
@@ -162,14 +170,20 @@ class _Grid:
         with torch.no_grad():
             flat = stacked.flatten(0, 1).nan_to_num()
             says = predict(model(flat)).view(len(images), -1).cpu()
-            sees = predict(self.judge(flat.float().clamp(0, 1))).view(len(images), -1).cpu()
+            displayed = flat.float().clamp(0, 1)
+            sees = predict(self.judge(displayed)).view(len(images), -1).cpu()
+        around = nearest(train.images, displayed.cpu())
+        real_of, far_of = (each.view(len(images), -1) for each in (around.index, around.distance))
         moved = torch.linalg.vector_norm((path - way.inputs.unsqueeze(1)).flatten(2), dim=2).cpu()
         gradient = (way.inputs - way.one_step).float().cpu().numpy()
         shown_path = path.float().cpu().numpy()
         rows: list[list[Panel | None]] = []
         for k in range(len(images)):
             heard = [f"says {self._name(a)}\njudge {self._name(b)}" for a, b in zip(says[k], sees[k], strict=True)]
-            row: list[Panel | None] = [Panel(images[k].numpy(), f"is {self._name(labels[k])}\n{heard[0]}")]
+            real = [self._real(int(i), float(far)) for i, far in zip(real_of[k], far_of[k], strict=True)]
+            known = bool(torch.isfinite(images[k]).all())
+            start = f"is {self._name(labels[k])}\n{heard[0]}"
+            row: list[Panel | None] = [Panel(images[k].numpy(), start, below=real[0] if known else None)]
             goal_name = self._name(goal[k]) if goal[k] >= 0 else "no class"
             wanted = f"to {goal_name}"
             if way.status[k] != "ok":
@@ -178,13 +192,18 @@ class _Grid:
                 rows.append([*row, None, words, *[None] * (rest - 1)])
                 continue
             row.append(Panel(gradient[k], f"{wanted}\n{_excluded(goal_name, float(way.pair_radius[k]))}", signed=True))
-            for image, far, word in zip(shown_path[k], moved[k], heard[1:], strict=True):
-                row.append(Panel(image, f"moved {float(far):.2f}\n{word}"))
+            for image, far, word, small in zip(shown_path[k], moved[k], heard[1:], real[1:], strict=True):
+                row.append(Panel(image, f"moved {float(far):.2f}\n{word}", below=small))
             found = int(near.index[k, 0])
-            real = None if found < 0 else train.images[found].numpy()
-            row.append(Panel(real, f"{goal_name}\n{float(near.distance[k, 0]):.1f} away"))
+            last = None if found < 0 else train.images[found].numpy()
+            row.append(Panel(last, f"{goal_name}\n{float(near.distance[k, 0]):.1f} away"))
             rows.append(row)
         return rows
+
+    def _real(self, place: int, far: float) -> Panel:
+        """A training image, to stand below the one that it is nearest to."""
+        train = self.dataset.train
+        return Panel(train.images[place].numpy(), f"{self._name(train.labels[place])}, {far:.1f} away")
 
     def partners(self, source: int | None, target: int | None) -> Block | None:
         """Training images of audit.npz on the OTNN, with their partners; None where there are none of the classes."""

@@ -19,7 +19,9 @@ def mark_best(content: dict[str, Any]) -> None:
 def verdict(content: dict[str, Any]) -> list[str]:
     """The figures in sentences: of each network, and of the OTNN against the others."""
     networks = content["networks"]
-    sentences = [sentence for name in networks for sentence in _of_network(name, content)]
+    sentences = [
+        sentence for name in networks for sentence in (*_of_network(name, content), *_on_the_way(name, content))
+    ]
     for name in networks:
         if name != "otnn":
             sentences += _against(name, content)
@@ -51,6 +53,17 @@ def _of_network(name: str, content: dict[str, Any]) -> list[str]:
             way = "farther from the data of the target"
     return [
         f"{told}. They are {way} than the originals: {near['mean']:.2f} against {start['mean']:.2f} (real images: 1)."
+    ]
+
+
+def _on_the_way(name: str, content: dict[str, Any]) -> list[str]:
+    """Whose training images are the nearest, before and after."""
+    share = content["networks"][name]["along"]["nearest_is_target"]["mean"]
+    if None in (share[0], share[-1]):
+        return []
+    return [
+        f"{shown(name)}: the nearest training image is of the target for {share[0]:.1%} of the images before they are "
+        f"moved, and for {share[-1]:.1%} of the reflected ones."
     ]
 
 

@@ -12,13 +12,23 @@ from torch import Tensor
 from otnn import metrics
 from otnn.data import Dataset
 from otnn.errors import InputError
-from otnn.explain import Counterfactual, counterfactual, nearest
+from otnn.explain import Counterfactual, counterfactual
 from otnn.files import json_bytes
 from otnn.lipschitz import LipschitzBound, bound
 from otnn.metrics import MetricResult
 from otnn.metrics.result import Direction, summarise
 from otnn.models import Classifier
 from otnn.report.counterfactual_pictures import grid_picture
+from otnn.run.counterfactual_data import (
+    ALONG,
+    NEIGHBOURS,
+    Real,
+    along,
+    along_together,
+    data_distance,
+    followed,
+    real_images,
+)
 from otnn.run.counterfactual_grid import blocks
 from otnn.run.counterfactual_words import mark_best, verdict
 from otnn.run.explain import class_index
@@ -30,7 +40,6 @@ from otnn.run.train import dataset_of, versions
 
 SAMPLES = 1000
 STEPS = 9
-NEIGHBOURS = 5
 # Bytes of the images that one chunk of paths keeps
 _BUDGET = 2**28
 
@@ -61,21 +70,6 @@ MEASURES: Mapping[str, Measure] = {
     "price": Measure("distance to the boundary in the pixel box over that without it", False),
     "outside": Measure("share of the values outside [0, 1] at the boundary, or that would be", False),
 }
-
-
-@dataclass(frozen=True)
-class _Real:
-    """Real images that counterfactuals are held against, on the device of the networks.
-
-    Attributes:
-        images: (m, ...) of the training.
-        labels: (m,).
-        usual: (classes,) mean distance of the test images of a class to the nearest training images of it.
-    """
-
-    images: Tensor
-    labels: Tensor
-    usual: Tensor
 
 
 def counterfactual_run(
@@ -127,21 +121,27 @@ def counterfactual_run(
     dataset = dataset or dataset_of(run)
     index = choose_images(dataset.test.labels, samples, seed, *ends)
     appointed = judge_of(run, dataset, judge, device)
-    real = _real(dataset, device)
+    real = real_images(dataset, device)
     settings: dict[str, Any] = {"steps": steps, "box": box, "iterations": iterations}
     inputs = dataset.test.images[index]
     size = max(1, _BUDGET // (4 * steps * inputs[0].numel() * inputs.element_size()))
+    wholly = followed(len(inputs), real, steps)
+    # the images come in random order, so that the first are a draw as well
+    chunks = [chunk for part in (inputs[:wholly], inputs[wholly:]) if len(part) for chunk in part.split(size)]
     told = {}
-    with tasks_bar(f"counterfactuals of {run.path.name}", len(run.networks) * -(-len(inputs) // size)) as begin:
+    with tasks_bar(f"counterfactuals of {run.path.name}", len(run.networks) * len(chunks)) as begin:
         for name in run.networks:
             model = run.network(name, device)
-            began = time.perf_counter()
-            parts = []
-            for number_of_part, chunk in enumerate(inputs.split(size)):
-                begin(f"{name}: {min((number_of_part + 1) * size, len(inputs))} of {len(inputs)} images")
+            began, done = time.perf_counter(), 0
+            parts, ways = [], []
+            for chunk in chunks:
+                begin(f"{name}: {done + len(chunk)} of {len(inputs)} images")
                 way = walk(model, chunk.to(device), ends[1], settings)
                 parts.append((measured(way, real, appointed.model), way.status))
-            told[name] = _network(parts, time.perf_counter() - began)
+                if done < wholly:
+                    ways.append(along(way, real))
+                done += len(chunk)
+            told[name] = _network(parts, time.perf_counter() - began) | {"along": along_together(ways)}
     content = {
         "format": 1,
         "samples": len(index),
@@ -157,6 +157,10 @@ def counterfactual_run(
             {"name": name, "meaning": measure.meaning, "compared": measure.compared}
             for name, measure in MEASURES.items()
         ],
+        "along": {
+            "samples": wholly,
+            "columns": [{"name": name, "meaning": meaning} for name, meaning in ALONG.items()],
+        },
         "networks": told,
     }
     mark_best(content)
@@ -201,7 +205,7 @@ def walk(model: Classifier, images: Tensor, target: int | None, settings: Mappin
     return counterfactual(model, images, body, goal, **settings)
 
 
-def measured(way: Counterfactual, real: _Real, judge: Classifier) -> dict[str, MetricResult]:
+def measured(way: Counterfactual, real: Real, judge: Classifier) -> dict[str, MetricResult]:
     """Every figure of `MEASURES`, of one chunk of images."""
     still = replace(way, path=way.inputs.unsqueeze(1))
     return {
@@ -209,8 +213,8 @@ def measured(way: Counterfactual, real: _Real, judge: Classifier) -> dict[str, M
         "distance": _plain("distance", way.distance, "down"),
         "distance_over_radius": metrics.distance_over_radius(way),
         "tightness": metrics.tightness(way),
-        "data_distance": _data_distance(way, real),
-        "data_distance_start": _data_distance(still, real),
+        "data_distance": data_distance(way, real),
+        "data_distance_start": data_distance(still, real),
         "independent_score": metrics.independent_score(way, judge),
         "independent_score_start": metrics.independent_score(still, judge),
         "concentration": metrics.concentration(way),
@@ -219,34 +223,8 @@ def measured(way: Counterfactual, real: _Real, judge: Classifier) -> dict[str, M
     }
 
 
-def _data_distance(way: Counterfactual, real: _Real) -> MetricResult:
-    """As with the test images as reference, whose own distances are not looked for again for every chunk."""
-    found = metrics.data_distance(way, real.images, real.labels, k=NEIGHBOURS)
-    usual = real.usual[way.target.clamp(min=0)].double()
-    ratio = torch.where(usual > 0, found.per_sample / torch.where(usual > 0, usual, 1.0), torch.nan)
-    return summarise(
-        found.name,
-        ratio,
-        found.direction,
-        signed=True,
-        undefined=ratio.isnan(),
-        counted_as=found.counted_as,
-        settings=found.settings,
-    )
-
-
 def _plain(name: str, values: Tensor, direction: Direction) -> MetricResult:
     return summarise(name, values, direction, signed=True, undefined=values.isnan(), counted_as="left out")
-
-
-def _real(dataset: Dataset, device: str | torch.device) -> _Real:
-    images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
-    usual = torch.full((len(dataset.classes),), torch.nan, device=device)
-    for k in range(len(dataset.classes)):
-        own, test = images[labels == k], dataset.test.images[dataset.test.labels == k].to(device)
-        if len(own) and len(test):
-            usual[k] = nearest(own, test, k=NEIGHBOURS).distance.mean()
-    return _Real(images, labels, usual)
 
 
 def _network(parts: Sequence[tuple[dict[str, MetricResult], tuple[str, ...]]], seconds: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from otnn.batches import spread
 from otnn.certify import certify
 from otnn.data import Dataset, Split, load_images
 from otnn.errors import InputError
@@ -16,8 +17,8 @@ from otnn.explain import Counterfactual, counterfactual, saliency
 from otnn.files import npz_bytes, write_whole
 from otnn.lipschitz import LipschitzBound, bound
 from otnn.models import Classifier, predict
-from otnn.report.load import PER_GUARANTEE
-from otnn.report.pictures import explanation_picture
+from otnn.report.load import NOT_PER_IMAGE
+from otnn.report.pictures import class_name, explanation_picture
 from otnn.run.fit import scores_of
 from otnn.run.folder import Run
 from otnn.run.guarantees import GRADIENTS, guarantee_arrays, image_guarantees, over_samples, shares
@@ -36,6 +37,8 @@ def explain_gallery(
     size: int = GALLERY,
     samples: int = 0,
     gradients: int = GRADIENTS,
+    box: bool = False,
+    iterations: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Explain a fixed choice of test images: writes explanations.npz, which the report shows.
@@ -46,17 +49,24 @@ def explain_gallery(
         size: the number of images.
         samples: random test images over which the shares of the guarantees are counted; 0 counts them over the gallery.
         gradients: of the certified SmoothGrad, for each image.
+        box: keep the counterfactual in [0, 1].
+        iterations: gradients on its way to the boundary.
         device: where the networks run.
 
     Returns:
         The arrays of explanations.npz.
+
+    Raises:
+        InputError: fewer than one iteration.
     """
+    _check(iterations)
     start = time.perf_counter()
     with status(f"explaining {run.path}"):
         dataset = dataset or dataset_of(run)
         model = run.network("otnn", device)
         index = choose_gallery(model, dataset.test, size)
-        arrays = explain_images(run, dataset.test.images[index], gradients=gradients, device=device)
+        settings: dict[str, Any] = {"gradients": gradients, "box": box, "iterations": iterations, "device": device}
+        arrays = explain_images(run, dataset.test.images[index], **settings)
         if samples:
             body = bound(model.double().body, model.input_shape)
             arrays |= over_samples(model, body, dataset.test, samples, gradients=gradients, device=device)
@@ -76,6 +86,8 @@ def explain_files(
     force: bool = False,
     skip_broken: bool = False,
     gradients: int = GRADIENTS,
+    box: bool = False,
+    iterations: int = 1,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:
     """Explain image files: NAME.explained.png and NAME.explained.npz of each, in the run's `explanations` or in `out`.
@@ -88,6 +100,8 @@ def explain_files(
         force: overwrite pictures that exist.
         skip_broken: leave out images that cannot be read, and name them on stderr.
         gradients: of the certified SmoothGrad, for each image.
+        box: keep the counterfactual in [0, 1].
+        iterations: gradients on its way to the boundary.
         device: where the networks run.
 
     Returns:
@@ -95,8 +109,10 @@ def explain_files(
         guarantees, see `otnn.run.guarantees.image_guarantees`.
 
     Raises:
-        InputError: an unknown class, an image that cannot be read, pictures that exist, a folder that cannot be made.
+        InputError: an unknown class, an image that cannot be read, pictures that exist, a folder that cannot be made,
+            fewer than one iteration.
     """
+    _check(iterations)
     chosen = None if target is None else class_index(run.classes, target)
     shape = tuple(run.manifest["model"]["input_shape"])
     images, names = load_images(files, (shape[0], shape[1], shape[2]), skip_broken=skip_broken)
@@ -112,17 +128,18 @@ def explain_files(
         raise InputError(f"{existing[0]}: exists already; choose another --out, or overwrite it with --force")
     targets = None if chosen is None else torch.full((len(images),), chosen)
     with status(f"explaining {len(images)} image{'s' * (len(images) != 1)}"):
-        arrays = explain_images(run, images, targets, gradients=gradients, device=device)
+        settings: dict[str, Any] = {"gradients": gradients, "box": box, "iterations": iterations, "device": device}
+        arrays = explain_images(run, images, targets, **settings)
         rows = []
         for k, picture in enumerate(pictures):
-            one = {key: value if key in PER_GUARANTEE else value[k : k + 1] for key, value in arrays.items()}
+            one = {key: value if key in NOT_PER_IMAGE else value[k : k + 1] for key, value in arrays.items()}
             write_whole(picture.with_suffix(".npz"), npz_bytes(one))
             write_whole(picture, explanation_picture(one, run.classes))
             rows.append(
                 {
                     "file": names[k],
-                    "prediction": run.classes[int(one["prediction"][0])],
-                    "target": run.classes[int(one["target"][0])],
+                    "prediction": class_name(run.classes, int(one["prediction"][0])),
+                    "target": class_name(run.classes, int(one["target"][0])),
                     "radius": float(one["radius"][0]),
                     "tightness": float(one["tightness"][0]) if one["status"][0] == "ok" else None,
                     "flipped": bool(one["flipped"][0]),
@@ -140,17 +157,22 @@ def explain_images(
     target: Tensor | None = None,
     *,
     gradients: int = GRADIENTS,
+    box: bool = False,
+    iterations: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Everything that is shown of images, as arrays of the layout of explanations.npz.
 
-    The networks run in float64, so that boundaries are found to about 1e-9, in chunks within a memory budget.
+    The networks run in float64, so that boundaries are found to about 1e-9, in chunks within a memory budget. An image
+    that is not finite or leaves [0, 1] has the radius 0, no maps, and says so in its status.
 
     Args:
         run: an opened run.
         images: (batch, channels, height, width) in [0, 1].
         target: (batch,) the class that each counterfactual goes to; the nearest rival by default.
         gradients: of the certified SmoothGrad, for each image.
+        box: keep the counterfactual in [0, 1].
+        iterations: gradients on its way to the boundary.
         device: where the networks run.
     """
     model = run.network("otnn", device).double()
@@ -161,14 +183,19 @@ def explain_images(
     size = max(1, _BUDGET // (STEPS * images[0].numel() * channels * 8))
     targets = [None] * len(images.split(size)) if target is None else list(target.to(device).split(size))
     chunks = [
-        _explain_chunk(model, twin, body, chunk.double().to(device), goal, gradients)
+        _explain_chunk(model, twin, body, chunk.double().to(device), goal, gradients, box, iterations)
         for chunk, goal in zip(images.split(size), targets, strict=True)
     ]
     arrays = {
-        name: value if name in PER_GUARANTEE else np.concatenate([chunk[name] for chunk in chunks])
+        name: value if name in NOT_PER_IMAGE else np.concatenate([chunk[name] for chunk in chunks])
         for name, value in chunks[0].items()
     }
-    return arrays | shares(arrays)
+    return arrays | shares(arrays) | {"box": np.array(box), "iterations": np.array(iterations)}
+
+
+def _check(iterations: int) -> None:
+    if iterations < 1:
+        raise InputError(f"iterations: expected at least 1 gradient on the way to the boundary, got {iterations}")
 
 
 def _explain_chunk(
@@ -178,16 +205,22 @@ def _explain_chunk(
     images: Tensor,
     target: Tensor | None,
     gradients: int,
+    box: bool,
+    iterations: int,
 ) -> dict[str, Any]:
-    way: Counterfactual = counterfactual(model, images, body, target, steps=STEPS)
+    way: Counterfactual = counterfactual(model, images, body, target, steps=STEPS, box=box, iterations=iterations)
+    # the guarantees are of the straight line against the gradient, whose boundary is looked for where this is another
+    boundary = None if box or iterations > 1 else way.boundary
     # of the same pair of classes; -1 where a score is not finite and there is none
-    proven = guarantee_arrays(model, images, body, way.target, way.boundary, gradients=gradients)
+    proven = guarantee_arrays(model, images, body, way.target, boundary, gradients=gradients)
+    readable = ((images >= 0) & (images <= 1)).flatten(1).all(dim=1)
+    safe = torch.where(spread(readable, images), images, 0.0)
+    maps = {"saliency": saliency(model, safe, way.prediction.clamp(min=0))}
     arrays = {
         "images": images.float(),
         "prediction": way.prediction,
         "target": way.target,
-        "radius": certify(model, images).radius,  # of the prediction, whatever the target
-        "saliency": saliency(model, images, way.prediction).float(),
+        "radius": torch.where(readable, certify(model, safe).radius, 0.0),  # of the prediction, whatever the target
         "distances": way.distances,
         "path": way.path.float(),
         "potential": way.potential,
@@ -200,8 +233,10 @@ def _explain_chunk(
     }
     if twin is not None:
         with torch.no_grad():
-            arrays["unconstrained_prediction"] = predict(twin(images))
-        arrays["unconstrained_saliency"] = saliency(twin, images, arrays["unconstrained_prediction"]).float()
+            seen = predict(twin(safe))
+        maps["unconstrained_saliency"] = saliency(twin, safe, seen)
+        arrays["unconstrained_prediction"] = seen.masked_fill(~readable, -1)
+    arrays |= {name: torch.where(spread(readable, each), each, torch.nan).float() for name, each in maps.items()}
     told = {name: value.cpu().numpy() for name, value in arrays.items()}
     return {**told, "status": np.array(way.status), **proven}
 
