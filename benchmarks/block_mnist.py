@@ -180,6 +180,8 @@ def trained(name: str, dataset: Dataset, settings: Config, folder: Path) -> Clas
             "input_shape": dataset.input_shape,
             "classes": dataset.classes,
             "widths": widths,
+            "activation": model_settings.activation,
+            "head": model_settings.head,
         }
         return _kept(file, header, empty_network(description, constrained=constrained))
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,6 +193,8 @@ def trained(name: str, dataset: Dataset, settings: Config, folder: Path) -> Clas
         widths=widths,
         mean=dataset.train.images.mean(dim=(0, 2, 3)),
         constrained=constrained,
+        activation=model_settings.activation,
+        head=model_settings.head,
     )
     loss = make_loss(settings.loss, dataset.shares) if constrained else twin_loss(dataset.shares)
     train_network(model, loss, dataset, settings, name, folder / "metrics.jsonl", quiet=False)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from otnn.nn import Centering, MaxMin, OrthoConv2d
+from otnn.nn import Abs, Centering, GroupSort, Householder, MaxMin, OrthoConv2d
 from tests.operators import convolution_matrix
 
 Vector = list[Fraction]
@@ -56,6 +56,11 @@ def product(matrix: Tensor, values: Sequence[Fraction]) -> Vector:
     return [sum((a * b for a, b in zip(row, values, strict=True) if a), Fraction(0)) for row in rows]
 
 
+def sine(angle: Fraction, cosine: bool = False) -> Fraction:
+    """The series of the sine up to the 60th power: for angles up to 2 the rest is below 1e-60."""
+    return sum(((-1) ** (k // 2) * angle**k / math.factorial(k) for k in range(0 if cosine else 1, 61, 2)), Fraction(0))
+
+
 def exactly(layer: nn.Module, values: Vector, shape: Shape) -> tuple[Vector, Shape]:
     """What a layer gives for one sample (its numbers in a row, and their shape), without any rounding."""
     if isinstance(layer, nn.Sequential):
@@ -72,6 +77,19 @@ def exactly(layer: nn.Module, values: Vector, shape: Shape) -> tuple[Vector, Sha
     if isinstance(layer, MaxMin):
         pairs = list(zip(values[: len(values) // 2], values[len(values) // 2 :], strict=True))
         return [max(pair) for pair in pairs] + [min(pair) for pair in pairs], shape
+    if isinstance(layer, GroupSort):
+        step = len(values) // layer.group_size
+        groups = [sorted(values[j::step], reverse=True) for j in range(step)]
+        return [value for place in zip(*groups, strict=True) for value in place], shape
+    if isinstance(layer, Abs):
+        return [abs(value) for value in values], shape
+    if isinstance(layer, Householder):
+        half = len(values) // 2
+        directions = [(sine(angle / 2), -sine(angle / 2, cosine=True)) for angle in fractions(layer.angle)]
+        triples = list(zip(directions, values[:half], values[half:], strict=True))
+        behind = [min(u * a + v * b, Fraction(0)) for (u, v), a, b in triples]
+        firsts = [a - 2 * d * u for ((u, _), a, _), d in zip(triples, behind, strict=True)]
+        return firsts + [b - 2 * d * v for ((_, v), _, b), d in zip(triples, behind, strict=True)], shape
     if isinstance(layer, nn.ReLU):
         return [max(value, Fraction(0)) for value in values], shape
     if isinstance(layer, Scaled):

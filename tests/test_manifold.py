@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from otnn.losses import HKRLoss, SoftHKRLoss
 from otnn.manifold import (
+    Frobenius,
     NonNegative,
     Stiefel,
     UnitRows,
@@ -140,7 +141,7 @@ def test_nothing_to_retract(shape: tuple[int, ...]) -> None:
 def test_non_finite_values_are_refused(bad: float) -> None:
     point = polar(gaussian(2, 3, 5))
     point[1, 0, 0] = bad
-    for manifold in (stiefel, UnitRows(), NonNegative()):
+    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative()):
         with pytest.raises(FloatingPointError, match="a value is NaN or infinite"):
             manifold.retract(point)
 
@@ -183,7 +184,7 @@ def test_sample_is_haar() -> None:
 
 
 def test_sample_repeats_with_its_generator() -> None:
-    for manifold in (stiefel, UnitRows(), NonNegative()):
+    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative()):
         first, second = (manifold.sample(3, 4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
         assert torch.equal(first, second)
         assert manifold.distance(first).max() < ON_MANIFOLD[torch.float32]
@@ -205,6 +206,30 @@ def test_unit_rows_replaces_a_row_of_zeros() -> None:
     expected = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.0, -1.0, 0.0, 0.0]])
     assert torch.equal(UnitRows().retract(point), expected)
     assert float(UnitRows().distance(point)) == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e20, 1e37])
+def test_frobenius_divides_each_matrix_by_its_norm(scale: float) -> None:
+    point = gaussian(4, 3, 5)
+    expected = point / point.flatten(1).norm(dim=1).view(-1, 1, 1)
+    assert (Frobenius().retract((scale * point).float()) - expected).abs().max() < 1e-6
+    assert Frobenius().distance(Frobenius().retract(scale * point)).shape == (4,)
+    assert Frobenius().distance(Frobenius().retract(scale * point)).max() < 1e-15
+    assert Frobenius().distance(3 * expected).tolist() == pytest.approx([2.0] * 4)
+    on = Frobenius().retract(point)
+    assert (Frobenius().retract(on) - on).abs().max() < 1e-15
+
+
+def test_frobenius_replaces_a_matrix_of_zeros() -> None:
+    assert torch.equal(Frobenius().retract(torch.zeros(2, 2)), torch.full((2, 2), 0.5))
+    assert float(Frobenius().distance(torch.zeros(2, 2))) == 1.0
+
+
+def test_frobenius_samples_the_sphere_uniformly() -> None:
+    # of 6 entries: E[x] = 0 and E[x^2] = 1/6 with deviation sqrt(3/48 - 1/36) = .186; 4.5 standard errors
+    points = Frobenius().sample(4000, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert points.mean(dim=0).abs().max() < 4.5 * math.sqrt(1 / 6 / 4000)
+    assert (points.square().mean(dim=0) - 1 / 6).abs().max() < 4.5 * 0.187 / math.sqrt(4000)
 
 
 def test_non_negative_clips_and_measures() -> None:

@@ -20,7 +20,18 @@ from otnn.certify import certify
 from otnn.errors import InputError
 from otnn.lipschitz import bound, export
 from otnn.models import Classifier, build
-from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.nn import (
+    Abs,
+    Centering,
+    FrobeniusLinear,
+    FullSort,
+    GroupSort,
+    Householder,
+    MaxMin,
+    OrthoConv2d,
+    OrthoLinear,
+    UnitNormLinear,
+)
 from otnn.onnx import write_onnx
 
 
@@ -39,6 +50,18 @@ def circular() -> Classifier:
     return Classifier(body, UnitNormLinear(96, 3), (1, 8, 8))
 
 
+def activations() -> Classifier:
+    """Every activation of otnn, sorts of small and of large groups, and a head of Frobenius norm 1."""
+    layers: list[nn.Module] = [OrthoConv2d(1, 12, 3, stride=2, padding=1), GroupSort(4), Householder(12), nn.Flatten()]
+    for activation in (Abs(), GroupSort(16), FullSort(), Householder(32), GroupSort(2)):
+        layers += [OrthoLinear(12 * 16 if len(layers) == 4 else 32, 32), activation]
+    model = Classifier(nn.Sequential(*layers), FrobeniusLinear(32, 3), (1, 8, 8))
+    for layer in model.modules():
+        if isinstance(layer, Householder):
+            nn.init.uniform_(layer.angle, -3, 3)
+    return model
+
+
 class Cube(nn.Module):
     """A layer without a Lipschitz constant."""
 
@@ -53,6 +76,7 @@ MODELS = {
     "conv, odd size": lambda: build("conv", (3, 9, 11), 3, widths=(4, 8, 16)),
     "multilabel": multilabel,
     "circular": circular,
+    "activations": activations,
 }
 
 
@@ -152,8 +176,14 @@ def test_weights_are_stored_bit_by_bit(written: Written) -> None:
     stored = {name: array for name, array in initializers.items() if array.dtype == np.float32}
     expected = {name: value.numpy() for name, value in export(written.model).state_dict().items()}
     means = expected.pop("body.0.mean", None)
+    angles = [expected.pop(name) for name in list(expected) if name.endswith(".angle")]
     for name, value in expected.items():
         assert stored.pop(name).tobytes() == value.tobytes(), name
+    if angles:  # folded into the sine and the cosine of their halves, beside the factors of the reflection
+        parts = [part for angle in angles for part in (np.sin(angle / 2), -np.cos(angle / 2), [0.0], [1.0], [-2.0])]
+        left = [array.ravel() for array in stored.values()]
+        assert all(any(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-7) for b in parts) for a in left)
+        return
     # torch gives the reshaped mean a name of its own; nothing else is left
     assert [array.tobytes() for array in stored.values()] == ([] if means is None else [means.tobytes()])
 
@@ -163,6 +193,7 @@ def test_the_file_is_valid_and_plain(written: Written) -> None:
     onnx.checker.check_model(file, full_check=True)
     assert {node.domain for node in file.graph.node} == {""}
     plain = {"Sub", "Conv", "Split", "Max", "Min", "Concat", "Gemm", "Pad", "Reshape", "Shape", "Squeeze", "Constant"}
+    plain |= {"Abs", "Add", "Mul", "TopK", "Gather"}
     assert {node.op_type for node in file.graph.node} <= plain
     (images,), (scores,) = file.graph.input, file.graph.output
     shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]

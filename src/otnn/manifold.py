@@ -130,6 +130,33 @@ class UnitRows:
         return distance
 
 
+class Frobenius:
+    """Matrices of Frobenius norm 1: the sphere of all their entries.
+
+    Example:
+        >>> Frobenius().retract(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        tensor([[0.6000, 0.0000],
+                [0.0000, 0.8000]])
+    """
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Draw each matrix uniformly on the sphere."""
+        return self.retract(torch.randn(*shape, generator=generator, dtype=dtype))
+
+    def retract(self, point: Tensor) -> Tensor:
+        """Divide each matrix by its norm; a matrix of zeros becomes the constant one.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite.
+        """
+        return UnitRows().retract(point.flatten(-2)).view_as(point)
+
+    def distance(self, point: Tensor) -> Tensor:
+        """Return | ||X||_F - 1 | of each matrix."""
+        distance: Tensor = (torch.linalg.matrix_norm(point) - 1).abs()
+        return distance
+
+
 class NonNegative:
     """Numbers >= 0, such as a learned margin."""
 

@@ -2,18 +2,43 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from otnn.errors import InputError
-from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.nn import (
+    Abs,
+    Centering,
+    FrobeniusLinear,
+    FullSort,
+    GroupSort,
+    Householder,
+    MaxMin,
+    OrthoConv2d,
+    OrthoLinear,
+    UnitNormLinear,
+)
 
 Architecture = Literal["dense", "conv"]
 ARCHITECTURES: tuple[Architecture, ...] = ("dense", "conv")
 SIZES = (8, 128)
+# Activations by name: the size of a group of channels, which divides every width, and the layer for a width.
+ACTIVATIONS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
+    "maxmin": (2, lambda width: MaxMin()),
+    "groupsort4": (4, lambda width: GroupSort(4)),
+    "groupsort8": (8, lambda width: GroupSort(8)),
+    "fullsort": (1, lambda width: FullSort()),
+    "abs": (1, lambda width: Abs()),
+    "householder": (2, Householder),
+}
+HEADS: dict[str, Callable[[int, int], nn.Linear]] = {
+    "unit_rows": UnitNormLinear,
+    "orthogonal": OrthoLinear,
+    "frobenius": FrobeniusLinear,
+}
 
 
 class Classifier(nn.Sequential):
@@ -94,6 +119,8 @@ def build(
     widths: Sequence[int],
     mean: Tensor | None = None,
     constrained: bool = True,
+    activation: str = "maxmin",
+    head: str = "unit_rows",
 ) -> Classifier:
     """Build a 1-Lipschitz classifier, or its unconstrained twin of the same widths (ReLU, batch normalisation).
 
@@ -104,12 +131,16 @@ def build(
         architecture: "dense" or "conv".
         input_shape: (channels, height, width); 8 to 128 pixels for "conv".
         classes: at least 2; two classes get one output.
-        widths: even numbers of units or channels.
+        widths: numbers of units or channels: even for "maxmin" and "householder", multiples of 4 for "groupsort4" and
+            of 8 for "groupsort8".
         mean: (channels,) mean of the training images, subtracted from the input; 0.5 by default.
-        constrained: False builds the twin.
+        constrained: False builds the twin, to which activation and head do not apply.
+        activation: a name in `ACTIVATIONS`.
+        head: a name in `HEADS`: rows of norm 1; orthonormal rows (columns where there are more classes than features);
+            or a weight of Frobenius norm 1.
 
     Raises:
-        InputError: an unknown architecture, or sizes that do not fit.
+        InputError: an unknown architecture, activation or head, or sizes that do not fit.
 
     Example:
         >>> net = build("dense", (1, 8, 8), 10, widths=(32, 32))
@@ -119,10 +150,17 @@ def build(
     """
     if architecture not in ARCHITECTURES:
         raise InputError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    for setting, name, known in (("activation", activation, ACTIVATIONS), ("head", head, HEADS)):
+        if name not in known:
+            raise InputError(f"{setting}: expected one of {', '.join(known)}, got {name!r}")
     if classes < 2:
         raise InputError(f"classes: expected at least 2, got {classes}")
-    if not widths or any(width < 2 or width % 2 for width in widths):
-        raise InputError(f"widths: expected even numbers >= 2 (MaxMin sorts pairs), got {list(widths)}")
+    group = ACTIVATIONS[activation][0]
+    if not widths or any(width < 1 or width % group for width in widths):
+        pairs = activation == "maxmin"
+        expected = "even numbers >= 2 (MaxMin sorts pairs)" if pairs else f"multiples of {group} (for {activation})"
+        raise InputError(f"widths: expected {expected}, got {list(widths)}")
+    chosen = activation if constrained else None
     channels, height, width = input_shape
     layers: list[nn.Module] = [Centering(torch.full((channels,), 0.5) if mean is None else mean.float())]
     if architecture == "dense":
@@ -139,18 +177,18 @@ def build(
                 f"{int(math.log2(min(height, width)))} stage widths, then the dense width, got widths {list(widths)}"
             )
         for stage in stages:
-            layers += _block(_conv(channels, stage, 1, constrained), constrained)
-            layers += _block(_conv(stage, stage, 2, constrained), constrained)
+            layers += _block(_conv(channels, stage, 1, constrained), chosen)
+            layers += _block(_conv(stage, stage, 2, constrained), chosen)
             channels, height, width = stage, -(-height // 2), -(-width // 2)
         features, dense = channels * height * width, [last]
     layers.append(nn.Flatten())
     for size in dense:
         linear = OrthoLinear(features, size) if constrained else nn.Linear(features, size, bias=False)
-        layers += _block(linear, constrained)
+        layers += _block(linear, chosen)
         features = size
     outputs = 1 if classes == 2 else classes
-    head = UnitNormLinear(features, outputs) if constrained else nn.Linear(features, outputs)
-    return Classifier(nn.Sequential(*layers), head, input_shape)
+    last_layer = HEADS[head](features, outputs) if constrained else nn.Linear(features, outputs)
+    return Classifier(nn.Sequential(*layers), last_layer, input_shape)
 
 
 def default_widths(architecture: str, input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -179,10 +217,10 @@ def _conv(channels_in: int, channels_out: int, stride: int, constrained: bool) -
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
-def _block(layer: nn.Module, constrained: bool) -> list[nn.Module]:
-    """A linear layer with its activation; the twin's bias is that of its batch normalisation."""
-    if constrained:
-        return [layer, MaxMin()]
-    if isinstance(layer, nn.Conv2d):
-        return [layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()]
-    return [layer, nn.BatchNorm1d(int(layer.out_features)), nn.ReLU()]  # type: ignore[arg-type]
+def _block(layer: nn.Module, activation: str | None) -> list[nn.Module]:
+    """A linear layer with its activation; that of the twin, None, is ReLU, and its bias that of batch normalisation."""
+    images = isinstance(layer, (OrthoConv2d, nn.Conv2d))
+    width = int(layer.out_channels if images else layer.out_features)  # type: ignore[arg-type]
+    if activation is not None:
+        return [layer, ACTIVATIONS[activation][1](width)]
+    return [layer, nn.BatchNorm2d(width) if images else nn.BatchNorm1d(width), nn.ReLU()]

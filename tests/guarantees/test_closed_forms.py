@@ -33,7 +33,7 @@ from otnn.guarantees import (
 from otnn.lipschitz import bound
 from otnn.metrics import deletion, insertion, robustness_sr
 from otnn.models import Classifier, build
-from otnn.nn import MaxMin, OrthoLinear, UnitNormLinear
+from otnn.nn import FullSort, GroupSort, MaxMin, OrthoLinear, UnitNormLinear
 
 
 def double(*values: float) -> Tensor:
@@ -165,21 +165,24 @@ def test_the_radius_is_that_of_the_certificate() -> None:
 # --- constant saliency -----------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_changes_right_beyond_the_radius() -> None:
+@pytest.mark.parametrize(("sort", "size"), [(MaxMin(), 2), (GroupSort(4), 4), (FullSort(), 16)], ids=str)
+def test_the_gradient_changes_right_beyond_the_radius(sort: nn.Module, size: int) -> None:
     layer = OrthoLinear(16, 16)
     nn.init.normal_(layer.bias, std=0.5)
-    body = nn.Sequential(nn.Flatten(), layer, MaxMin())
+    body = nn.Sequential(nn.Flatten(), layer, sort)
     model = Classifier(body, UnitNormLinear(16, 1), (1, 4, 4)).double().eval()
     inputs = images(10, 1, 4, 4)
     potential = potential_of(model, inputs)
     found = constant_saliency(potential)
     weight, bias = layer.weight.detach(), layer.bias.detach()
-    first, second = (inputs.flatten(1) @ weight.T + bias).chunk(2, dim=1)
-    pair = (first - second).abs().argmin(dim=1)
-    least = (first - second).abs().amin(dim=1)
-    assert torch.allclose(found.bound, least / math.sqrt(2), rtol=1e-6)
-    sign = (first - second).gather(1, pair[:, None]).sign()
-    across = -sign * (weight[pair] - weight[pair + 8]) / math.sqrt(2)  # rows are orthonormal
+    i, j = torch.combinations(torch.arange(16)).unbind(1)
+    i, j = (index[(i - j) % (16 // size) == 0] for index in (i, j))  # all pairs that are sorted together
+    values = inputs.flatten(1) @ weight.T + bias
+    apart = values[:, i] - values[:, j]
+    pair = apart.abs().argmin(dim=1)
+    assert torch.allclose(found.bound, apart.abs().amin(dim=1) / math.sqrt(2), rtol=1e-6)
+    sign = apart.gather(1, pair[:, None]).sign()
+    across = -sign * (weight[i[pair]] - weight[j[pair]]) / math.sqrt(2)  # rows are orthonormal
     for factor, same in [(0.9999, True), (1.0001, False)]:
         moved = inputs + (factor * found.bound[:, None] * across).view_as(inputs)
         kept = (potential.gradient_at(moved) - potential.gradient).abs().flatten(1).amax(dim=1) < 1e-12

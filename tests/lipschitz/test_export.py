@@ -13,7 +13,7 @@ from otnn.errors import InputError
 from otnn.lipschitz import bound, convolution_bound, export, matrix_bound, plain_structure
 from otnn.manifold import keep_on_manifold
 from otnn.models import Classifier, build
-from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.nn import Centering, FrobeniusLinear, Householder, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
 from tests.exact import Residual
 from tests.operators import circular_matrix, norm
 
@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "one number": (lambda: OrthoLinear(1, 1), (1,)),
     "head": (lambda: UnitNormLinear(30, 10), (30,)),
     "head of one": (lambda: UnitNormLinear(5, 1, bias=False), (5,)),
+    "frobenius head": (lambda: FrobeniusLinear(30, 10), (30,)),
     "convolution": (lambda: OrthoConv2d(4, 8, 3, padding=1), (4, 9, 7)),
     "fewer channels": (lambda: OrthoConv2d(9, 4, 3), (9, 6, 6)),
     "one channel": (lambda: OrthoConv2d(1, 5, 5, padding=2, bias=False), (1, 8, 8)),
@@ -78,6 +79,12 @@ def test_the_stored_numbers_have_a_norm_of_at_most_1_and_hardly_less(name: str, 
         assert max(matrix_bound(row.unsqueeze(0)) for row in weight) <= 1
         assert float(rows.min()) >= 1 - NEAR[dtype]
         return
+    if isinstance(layer, FrobeniusLinear):
+        norm_of_all = float(weight.double().norm())
+        assert 1 - NEAR[dtype] <= norm_of_all <= 1
+        assert matrix_bound(weight.flatten().unsqueeze(0)) <= 1
+        assert bound(exported, shape).constant <= 1
+        return
     proven, true = norms(exported)
     assert proven <= 1
     assert bound(exported, shape).constant <= 1
@@ -100,6 +107,21 @@ def test_the_outputs_are_nearly_the_same(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(exported.bias, before.bias)  # type: ignore[arg-type]
         assert bool((before.bias.abs() > 1e-3).any())  # type: ignore[operator]
     assert (exported.bias is None) == (before.bias is None)
+
+
+def test_householder_is_copied_as_it_is() -> None:
+    layer = Householder(6)
+    nn.init.uniform_(layer.angle, -3, 3)
+    net = nn.Sequential(OrthoLinear(6, 6), layer)
+    exported, empty = export(net), plain_structure(copy.deepcopy(net))
+    for found in (exported, empty):
+        assert [type(child) for child in found] == [nn.Linear, Householder]
+    assert torch.equal(exported[1].angle, layer.angle)
+    assert exported[1].angle.data_ptr() != layer.angle.data_ptr()
+    assert bound(exported).constant <= 1
+    empty.load_state_dict(exported.state_dict())
+    x = torch.randn(4, 6)
+    assert torch.equal(empty(x), exported(x))
 
 
 def network() -> nn.Sequential:

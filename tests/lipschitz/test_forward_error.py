@@ -14,7 +14,7 @@ from otnn.errors import InputError
 from otnn.lipschitz.forward_error import BoundedExecution, Execution
 from otnn.lipschitz.graph import trace
 from otnn.lipschitz.layers import layer_bound
-from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear
+from otnn.nn import Abs, Centering, GroupSort, Householder, MaxMin, OrthoConv2d, OrthoLinear
 from tests.exact import Beside, Residual, Scaled, Shape, covers, distance, exactly, fractions
 from tests.operators import layer_matrix, norm
 
@@ -43,6 +43,13 @@ def ones(layer: nn.Linear | nn.Conv2d, bias: float = 0.0) -> nn.Module:
     return layer
 
 
+def tilted(channels: int) -> Householder:
+    """With random angles."""
+    layer = Householder(channels)
+    nn.init.uniform_(layer.angle, -3, 3)
+    return layer
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "dense": (lambda: nn.Sequential(nn.Linear(40, 30), MaxMin(), nn.Linear(30, 5)), (40,)),
     "orthogonal": (lambda: nn.Sequential(OrthoLinear(20, 20), MaxMin(), OrthoLinear(20, 20), MaxMin()), (20,)),
@@ -54,6 +61,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "residual": (lambda: nn.Sequential(Residual(nn.Linear(6, 6), nn.ReLU()), Residual(nn.Linear(6, 6))), (6,)),
     "concatenation": (lambda: nn.Sequential(Beside(nn.Linear(4, 3)), nn.Linear(7, 2)), (4,)),
     "pooling": (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2, 2), nn.Flatten()), (1, 6, 6)),
+    "sorted": (lambda: nn.Sequential(nn.Linear(9, 12), GroupSort(4), nn.Linear(12, 6), Abs(), nn.Linear(6, 3)), (9,)),
+    "reflected": (lambda: nn.Sequential(tilted(8), nn.Linear(8, 6), tilted(6), tilted(6)), (8,)),
     "scaled": (lambda: nn.Sequential(Scaled(1 / 3), nn.Linear(4, 4), Scaled(0.1)), (4,)),
 }
 

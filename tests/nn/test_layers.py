@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from otnn.lipschitz import bound
 from otnn.manifold import constrained_parameters, retract_parameters
-from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.nn import (
+    Abs,
+    Centering,
+    FrobeniusLinear,
+    FullSort,
+    GroupSort,
+    Householder,
+    MaxMin,
+    OrthoConv2d,
+    OrthoLinear,
+    UnitNormLinear,
+)
 from tests.operators import layer_matrix, norm
 
 
@@ -31,6 +42,13 @@ class Case:
     smallest: float = 1.0
     norm: tuple[float, float] = (1.0, 1.0)
     linear: bool = True
+
+
+def reflections(channels: int, dim: int = 1) -> Householder:
+    """With random angles."""
+    layer = Householder(channels, dim)
+    nn.init.uniform_(layer.angle, -3, 3)
+    return layer
 
 
 # Zero padding compresses the circular operator: its norm stays near 1, singular values of the border fall.
@@ -62,6 +80,18 @@ LAYERS = [
         lambda: OrthoConv2d(4, 3, 3, stride=2, padding=1, padding_mode="circular"),
         (4, 6, 4),
     ),
+    # the squares of the singular values add up to 1
+    Case("frobenius head", lambda: FrobeniusLinear(8, 4), (8,), smallest=0.0, norm=(0.5, 1.0)),
+    Case("frobenius head of one output", lambda: FrobeniusLinear(5, 1), (5,)),
+    Case("groupsort rows", lambda: GroupSort(4), (8,), linear=False),
+    Case("groupsort images", lambda: GroupSort(3), (6, 2, 3), linear=False),
+    Case("groupsort last", lambda: GroupSort(5, dim=-1), (2, 3, 10), linear=False),
+    Case("groupsort, large groups", lambda: GroupSort(12), (24, 2), linear=False),
+    Case("fullsort rows", FullSort, (7,), linear=False),
+    Case("fullsort images", FullSort, (11, 2, 2), linear=False),
+    Case("abs", Abs, (3, 2, 4), linear=False),
+    Case("householder images", lambda: reflections(4), (4, 3, 5), linear=False),
+    Case("householder last", lambda: reflections(4, -1), (3, 5, 4), linear=False),
 ]
 pytestmark = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 

@@ -4,11 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from otnn.errors import InputError
-from otnn.manifold import Stiefel, UnitRows
-from otnn.nn import Centering, OrthoLinear, UnitNormLinear
+from otnn.manifold import Frobenius, Stiefel, UnitRows
+from otnn.nn import Centering, FrobeniusLinear, OrthoLinear, UnitNormLinear
 
 
-@pytest.mark.parametrize("kind", [OrthoLinear, UnitNormLinear])
+@pytest.mark.parametrize("kind", [OrthoLinear, UnitNormLinear, FrobeniusLinear])
 def test_it_is_torch_linear_with_its_own_weight(kind: type[nn.Linear]) -> None:
     layer, x = kind(5, 3), torch.randn(2, 4, 5)
     assert isinstance(layer, nn.Linear)
@@ -21,7 +21,7 @@ def test_it_is_torch_linear_with_its_own_weight(kind: type[nn.Linear]) -> None:
     assert torch.equal(plain(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", [OrthoLinear, UnitNormLinear])
+@pytest.mark.parametrize("kind", [OrthoLinear, UnitNormLinear, FrobeniusLinear])
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(0, 3), (3, 0), (-1, 2)])
 def test_a_side_without_features_is_refused(kind: type[nn.Linear], fan_in: int, fan_out: int) -> None:
     with pytest.raises(InputError) as caught:
@@ -44,7 +44,8 @@ def test_seeds_repeat_and_layers_differ() -> None:
 
 
 def test_reset_returns_to_the_manifold() -> None:
-    for layer, manifold in ((OrthoLinear(4, 6), Stiefel()), (UnitNormLinear(4, 6), UnitRows())):
+    heads = ((UnitNormLinear(4, 6), UnitRows()), (FrobeniusLinear(4, 6), Frobenius()))
+    for layer, manifold in ((OrthoLinear(4, 6), Stiefel()), *heads):
         with torch.no_grad():
             layer.weight.fill_(9.0)
             layer.bias.fill_(9.0)

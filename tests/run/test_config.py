@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otnn.errors import InputError
-from otnn.models import ARCHITECTURES
+from otnn.models import ACTIVATIONS, ARCHITECTURES, HEADS
 from otnn.run.config import (
     Config,
     DataConfig,
@@ -77,6 +77,8 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("data.name=7", "data", "name", "7"),
         ('data.name="7"', "data", "name", "7"),
         ("loss.kr_form=one_vs_all", "loss", "kr_form", "one_vs_all"),
+        ("model.head=orthogonal", "model", "head", "orthogonal"),
+        ("model.activation=groupsort4", "model", "activation", "groupsort4"),
     ],
 )
 def test_overrides_are_toml_or_text(override: str, section: str, name: str, value: object) -> None:
@@ -127,6 +129,8 @@ def test_alpha_takes_the_place_of_the_margin_of_the_preset() -> None:
         ("training.twin_learning_rate=-1", "training.twin_learning_rate: expected a number > 0, got -1.0"),
         ("training.warmup_share=1", "training.warmup_share: expected a share in (0, 1), got 1.0"),
         ("training.warmup_share=0.0", "training.warmup_share: expected a share in (0, 1), got 0.0"),
+        ("model.head=linear", "model.head: expected one of unit_rows, orthogonal, frobenius, got 'linear'"),
+        ("model.activation=relu", "model.activation: expected one of maxmin, groupsort4, groupsort8, fullsort, abs, "),
         ("training.shift=-1", "training.shift: expected a number of pixels >= 0, got -1"),
     ],
 )
@@ -225,6 +229,8 @@ positive = st.floats(1e-9, 1e9)
         ModelConfig,
         architecture=st.sampled_from(ARCHITECTURES),
         widths=st.none() | st.lists(st.integers(), max_size=3).map(tuple),
+        activation=st.sampled_from(sorted(ACTIVATIONS)),
+        head=st.sampled_from(sorted(HEADS)),
     ),
     loss=st.builds(LossConfig, margin=positive, hinge_weight=st.none() | positive, temperature=positive),
     training=st.builds(TrainingConfig, epochs=st.integers(1, 99), learning_rate=positive, flip=st.booleans()),

@@ -20,7 +20,9 @@ from otnn.data import Dataset, Split
 from otnn.errors import InputError
 from otnn.manifold import Stiefel, constrained_parameters
 from otnn.models import build, predict
+from otnn.nn import Householder
 from otnn.run import config
+from otnn.run.certify import certify_run
 from otnn.run.config import LossConfig, TrainingConfig
 from otnn.run.fit import augment, fit, scores_of
 from otnn.run.folder import Run, open_run
@@ -78,6 +80,23 @@ def test_one_seed_gives_the_same_networks_and_another_seed_others(trained: Path,
     assert not torch.equal(first["head.weight"], other["head.weight"])
     assert not (tmp_path / "same" / "networks" / "unconstrained.safetensors").exists()
     assert not open_run(tmp_path / "same").has_twin
+
+
+def test_a_run_of_another_activation_and_head_opens_and_certifies_again(tmp_path: Path) -> None:
+    choices = ["model.activation=householder", "model.head=frobenius", "loss.margin=0.1", "twin=false"]
+    train(config.load(overrides=[*QUICK, *choices]), tmp_path / "run", quiet=True)
+    run = open_run(tmp_path / "run")
+    assert (run.config.model.activation, run.config.model.head) == ("householder", "frobenius")
+    model = run.network("otnn")
+    angles = [layer.angle.detach() for layer in model.body if isinstance(layer, Householder)]
+    assert len(angles) == 2
+    assert all(float((angle - torch.pi / 2).abs().min()) > 0 for angle in angles)  # learned, and restored
+    assert 1 - 1e-6 <= float(model.head.weight.detach().norm()) <= 1 + 1e-7
+    certify_run(run)
+    results = json.loads((run.path / "results.json").read_text())["otnn"]
+    assert results["accuracy"] > 0.8
+    assert results["lipschitz_bound"] <= 1
+    assert results["certified_accuracy"]["0.25"] > 0.3
 
 
 def test_an_existing_folder_is_refused_and_overwritten_only_with_force(run: Run, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Around each image the map is exactly constant within a radius (theory, section 5.5).
 
-In a network of affine and GroupSort layers every output is affine while all sorted pairs keep their order. A sorted
-pair z_i - z_j is sqrt(2) L Lipschitz, L the bound of the map from the input up to and including its layer; so no pair
-changes its order, and the gradient of the potential is one and the same vector, while
+In a network of affine and GroupSort layers every output is affine while all numbers that are sorted together keep their
+order. A pair z_i - z_j of them is sqrt(2) L Lipschitz, L the bound of the map from the input up to and including its
+layer; so no pair changes its order, and the gradient of the potential is one and the same vector, while
 ||delta|| < min over pairs |z_i - z_j| / (sqrt(2) L).
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from otnn.lipschitz.bounds import step_constants
 from otnn.lipschitz.graph import Trace
 from otnn.lipschitz.operations import Step, function_of
 from otnn.lipschitz.rounding import mul_up, sqrt_up
-from otnn.nn import Centering, MaxMin, OrthoConv2d
+from otnn.nn import Centering, FullSort, GroupSort, MaxMin, OrthoConv2d, group_sort
 
 DOMAIN = (
     "For every real change of the whole image below the radius, for the pair of classes at hand, in networks of affine "
@@ -76,18 +78,18 @@ def constant_saliency(potential: Potential) -> Guarantee:
     )
 
 
-def _sorted_sources(traced: Trace) -> tuple[dict[str, tuple[float, int]], str]:
-    """By the node whose result is sorted in pairs: its Lipschitz bound and the dimension. Or the first other layer."""
+def _sorted_sources(traced: Trace) -> tuple[dict[str, tuple[float, nn.Module]], str]:
+    """By the node whose result is sorted: its Lipschitz bound and the layer that sorts. Or the first other layer."""
     constants = step_constants(traced.steps)
     nodes = {node.name: node for node in traced.graph.graph.nodes}
-    sorts: dict[str, tuple[float, int]] = {}
+    sorts: dict[str, tuple[float, nn.Module]] = {}
     for name, step in zip(traced.nodes, traced.steps, strict=True):
         node = nodes[name]
         if node.op == "call_module":
             module = traced.graph.get_submodule(str(node.target))
-            if isinstance(module, MaxMin):
+            if isinstance(module, MaxMin | GroupSort | FullSort):
                 source = step.sources[0]
-                sorts[traced.nodes[source]] = constants[source], module.dim
+                sorts[traced.nodes[source]] = constants[source], module
             elif not isinstance(module, _AFFINE):
                 return {}, f"{step.name} is {type(module).__name__}"
         elif _bends(step, getattr(function_of(node), "__name__", "")):
@@ -100,15 +102,25 @@ def _bends(step: Step, function: str) -> bool:
     return step.kind == "layer" and function not in _AFFINE_FUNCTIONS
 
 
-def _radii(potential: Potential, sorts: dict[str, tuple[float, int]]) -> tuple[Tensor, Tensor]:
+def _least_gap(layer: nn.Module, values: Tensor) -> Tensor:
+    """The least difference (n,) of two numbers of a group: of neighbours, once they are sorted."""
+    dim = cast(int, layer.dim) % values.ndim
+    size = values.shape[dim] if isinstance(layer, FullSort) else getattr(layer, "group_size", 2)
+    if size == 1:
+        return values.new_full((len(values),), torch.inf)
+    gaps = group_sort(values, size, dim).unflatten(dim, (size, -1)).diff(dim=dim).abs()
+    least: Tensor = gaps.flatten(1).amin(dim=1)
+    return least
+
+
+def _radii(potential: Potential, sorts: dict[str, tuple[float, nn.Module]]) -> tuple[Tensor, Tensor]:
     """The least radius (n,) over the pairs of all layers, and the number of the layer (n,)."""
     found: dict[str, list[Tensor]] = {name: [] for name in sorts}
 
     def watch(name: str, result: Tensor, error: Tensor) -> None:
         if name in sorts:
-            constant, dim = sorts[name]
-            first, second = result.chunk(2, dim)
-            least = (first - second).abs().flatten(1).amin(dim=1)
+            constant, layer = sorts[name]
+            least = _least_gap(layer, result)
             # both numbers of a pair together err by sqrt(2) times the error of all numbers at most
             certain = least * (1 - 2.0**-50) - sqrt_up(2.0) * error * (1 + 2.0**-50)
             found[name].append(certain.clamp(min=0) / mul_up(sqrt_up(2.0), constant) * (1 - 2.0**-50))

@@ -11,6 +11,7 @@ from torch import nn
 from otnn.errors import InputError
 from otnn.lipschitz.layers import EXACT, LayerBound, Rounding, Shape, known_kind, layer_bound, refuse_batch
 from otnn.lipschitz.rounding import gamma, mul_up, norm_up, sqrt_up, up
+from otnn.nn import Abs, FullSort, GroupSort, Householder
 
 # Largest slopes without a short form, rounded up in the eighth digit, and where they are found.
 _GELU = 1.1289042  # x Phi(x): at sqrt(2), where the second derivative phi(x) (2 - x^2) is zero
@@ -82,6 +83,30 @@ for _kind in _SMOOTH:
     layer_bound.register(_kind)(_smooth_bound)
 for _refused in _REFUSED:
     layer_bound.register(_refused)(_refusal)
+
+
+@layer_bound.register(GroupSort)
+@layer_bound.register(FullSort)
+def _(layer: GroupSort | FullSort, shape: Shape | None, output: Shape | None) -> LayerBound:
+    refuse_batch(layer, layer.dim, shape)
+    return LayerBound(1.0, EXACT)
+
+
+@layer_bound.register
+def _(layer: Abs, shape: Shape | None, output: Shape | None) -> LayerBound:
+    return LayerBound(1.0, EXACT)
+
+
+@layer_bound.register
+def _(layer: Householder, shape: Shape | None, output: Shape | None) -> LayerBound:
+    """Bound z - 2 min(<v, z>, 0) v with v = (sin(t/2), -cos(t/2)), of norm 1 in exact arithmetic.
+
+    It is continuous with the Jacobians I and I - 2 v v^T, both orthogonal. As executed, v is within 4 units in the last
+    place (the libraries that torch calls state 3.5 at most), that is 8 roundings; a product and a sum make <v, z>, a
+    product with v and a difference follow: 20 roundings of terms whose absolute values I + 2 |v| |v|^T bounds.
+    """
+    refuse_batch(layer, layer.dim, shape)
+    return LayerBound(1.0, None if output is None else Rounding(20, 3.0, 0.0, math.prod(output)))
 
 
 @layer_bound.register

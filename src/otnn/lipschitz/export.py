@@ -13,23 +13,25 @@ from otnn.lipschitz.layers import computes_like
 from otnn.lipschitz.matrix import matrix_bound
 from otnn.lipschitz.rounding import norm_up
 from otnn.manifold import constrained_parameters, retract_parameters
-from otnn.nn import OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.nn import FrobeniusLinear, OrthoConv2d, OrthoLinear, UnitNormLinear
 
 Module = TypeVar("Module", bound=nn.Module)
 # Each try scales by the bound that was found; rounding to float32 moves a bound by some 1e-8, so few tries do.
 _TRIES = 20
 # A weight this far from its manifold, by the manifold's own measure, was not kept on it.
 _OFF = 1e-3
-_ORTHOGONAL = (OrthoLinear, UnitNormLinear, OrthoConv2d)
+_DENSE = (OrthoLinear, UnitNormLinear, FrobeniusLinear)
+_CONSTRAINED = (*_DENSE, OrthoConv2d)
 
 
 def export(module: Module) -> Module:
     """Return a copy in plain torch layers, in `eval()` mode, for evaluation at the speed of an ordinary network.
 
-    `OrthoLinear` and `UnitNormLinear` become `torch.nn.Linear`, `OrthoConv2d` becomes `torch.nn.Conv2d` with its
-    composed kernel; layers without orthogonality (`MaxMin`, `Centering`, torch's own) are copied. The factors are
-    brought to their manifold in float64, composed, scaled down by some 1e-7, and stored in the dtype of the original
-    such that the bound of the stored numbers is at most 1: of the norm, or of each row's norm for `UnitNormLinear`.
+    `OrthoLinear`, `UnitNormLinear` and `FrobeniusLinear` become `torch.nn.Linear`, `OrthoConv2d` becomes
+    `torch.nn.Conv2d` with its composed kernel; layers without constraints (activations, `Centering`, torch's own) are
+    copied. The factors are brought to their manifold in float64, composed, scaled down by some 1e-7, and stored in the
+    dtype of the original such that the bound of the stored numbers is at most 1: of the norm, of each row's norm for
+    `UnitNormLinear`, of the Frobenius norm for `FrobeniusLinear`.
 
     Args:
         module: a layer or a network.
@@ -39,7 +41,7 @@ def export(module: Module) -> Module:
 
     Raises:
         FloatingPointError: a weight is NaN or infinite.
-        InputError: a weight of half precision or off its manifold, or an orthogonal layer with hooks or a forward of
+        InputError: a weight of half precision or off its manifold, or a constrained layer with hooks or a forward of
             its own.
 
     Example:
@@ -70,7 +72,7 @@ def export(module: Module) -> Module:
 
 
 def composed(module: Module) -> Module:
-    """Return a copy whose orthogonal layers are plain ones with the very weights that they compute with now."""
+    """Return a copy whose constrained layers are plain ones with the very weights that they compute with now."""
 
     def plain(layer: nn.Module) -> nn.Module:
         replaced = _plain(layer)
@@ -88,12 +90,12 @@ def plain_structure(module: Module) -> Module:
 
 
 def _replaced(module: Module, replace: Callable[[nn.Module], nn.Module]) -> Module:
-    """Replace every orthogonal layer of a module in place; a layer that is used twice stays one."""
+    """Replace every constrained layer of a module in place; a layer that is used twice stays one."""
     done: dict[int, nn.Module] = {}
 
     def visit(layer: nn.Module, path: str) -> nn.Module:
         if id(layer) not in done:
-            kind = next((kind for kind in _ORTHOGONAL if isinstance(layer, kind)), None)
+            kind = next((kind for kind in _CONSTRAINED if isinstance(layer, kind)), None)
             if kind is not None and not computes_like(layer, kind):
                 name = path or type(layer).__name__
                 raise InputError(
@@ -110,8 +112,8 @@ def _replaced(module: Module, replace: Callable[[nn.Module], nn.Module]) -> Modu
 
 
 def _plain(layer: nn.Module) -> nn.Module:
-    """The plain layer of the same shape as an orthogonal one, with weights to be filled."""
-    if isinstance(layer, (OrthoLinear, UnitNormLinear)):
+    """The plain layer of the same shape as a constrained one, with weights to be filled."""
+    if isinstance(layer, _DENSE):
         linear = cast(nn.Linear, layer)
         dense: nn.Module = nn.utils.skip_init(
             nn.Linear,
@@ -148,6 +150,8 @@ def _exported(layer: nn.Module) -> nn.Module:
     weight = cast(Tensor, layer.weight)
     if isinstance(layer, UnitNormLinear):
         stored = torch.stack([_proven(row, norm_up, dtype) for row in weight])
+    elif isinstance(layer, FrobeniusLinear):
+        stored = _proven(weight, norm_up, dtype)
     elif isinstance(layer, OrthoConv2d):
         pair = (layer.stride, layer.stride)
         stored = _proven(weight, lambda kernel: convolution_bound(kernel, stride=pair), dtype)

@@ -1,10 +1,10 @@
-"""Dense layers: a semi-orthogonal one, and a head whose rows have norm 1."""
+"""Dense layers: a semi-orthogonal one, and heads whose rows, or whole weights, have norm 1."""
 
 import torch
 from torch import Tensor, nn
 
 from otnn.errors import InputError
-from otnn.manifold import Manifold, Stiefel, UnitRows
+from otnn.manifold import Frobenius, Manifold, Stiefel, UnitRows
 
 
 class _ManifoldLinear(nn.Linear):
@@ -71,6 +71,27 @@ class UnitNormLinear(_ManifoldLinear):
     """
 
     manifold = UnitRows()
+
+
+class FrobeniusLinear(_ManifoldLinear):
+    """Drop-in for `torch.nn.Linear` whose weight has Frobenius norm 1.
+
+    That norm bounds the spectral norm, so all outputs together are 1-Lipschitz. The squares of the rows' norms add up
+    to 1, so k scores are some sqrt(k) times smaller than those of `UnitNormLinear`, and a margin of the loss has to be.
+    The certificate divides by the true distance of the rows.
+
+    Shapes: (batch, in_features) to (batch, out_features).
+
+    Raises:
+        InputError: a side without features.
+
+    Example:
+        >>> head = FrobeniusLinear(16, 10)
+        >>> bool(torch.allclose(head.weight.norm(), torch.tensor(1.0)))
+        True
+    """
+
+    manifold = Frobenius()
 
 
 class Centering(nn.Module):

@@ -15,7 +15,7 @@ import tomli_w
 
 from otnn.errors import InputError
 from otnn.losses.functional import HINGE_FORMS, KR_FORMS
-from otnn.models import ARCHITECTURES
+from otnn.models import ACTIVATIONS, ARCHITECTURES, HEADS
 
 LOSSES = ("auto", "hkr", "one_vs_all_hkr", "soft_hkr", "cross_entropy")
 
@@ -54,10 +54,14 @@ class ModelConfig:
     Attributes:
         architecture: "dense" or "conv".
         widths: see `otnn.models.build`; chosen by the picture size by default.
+        activation: of the OTNN: "maxmin", "groupsort4", "groupsort8", "fullsort", "abs" or "householder".
+        head: of the OTNN: "unit_rows", "orthogonal" or "frobenius".
     """
 
     architecture: str = "conv"
     widths: tuple[int, ...] | None = None
+    activation: str = "maxmin"
+    head: str = "unit_rows"
 
 
 @dataclass(frozen=True)
@@ -163,9 +167,10 @@ class Config:
             for name, value in vars(getattr(self, section)).items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise InputError(f"{section}.{name}: expected a finite number, got {value}")
-        if self.model.architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise InputError(f"model.architecture: expected one of {known}, got {self.model.architecture!r}")
+        for name, known in (("architecture", ARCHITECTURES), ("activation", ACTIVATIONS), ("head", HEADS)):
+            if getattr(self.model, name) not in known:
+                got = getattr(self.model, name)
+                raise InputError(f"model.{name}: expected one of {', '.join(known)}, got {got!r}")
         if self.loss.margin is None and self.loss.alpha is None and self.loss.name != "cross_entropy":
             raise InputError(
                 "loss: expected margin, or alpha for a learned margin, got neither; use --set loss.margin=0.5"

@@ -267,5 +267,7 @@ def empty_network(model: Mapping[str, Any], *, constrained: bool) -> Classifier:
         len(model["classes"]),
         widths=model["widths"],
         constrained=constrained,
+        activation=model.get("activation", "maxmin"),
+        head=model.get("head", "unit_rows"),
     )
     return plain_structure(network)

@@ -77,6 +77,8 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
                 widths=widths,
                 mean=mean,
                 constrained=constrained,
+                activation=config.model.activation,
+                head=config.model.head,
             ).to(place)
             loss = make_loss(config.loss, dataset.shares) if constrained else twin_loss(dataset.shares)
             begin = time.perf_counter()
@@ -96,6 +98,8 @@ def train(config: Config, out: Path, *, force: bool = False, device: str = "auto
             "input_shape": list(shape),
             "classes": list(dataset.classes),
             "widths": list(widths),
+            "activation": config.model.activation,
+            "head": config.model.head,
         }
         (folder / "networks").mkdir(exist_ok=True)
         save_run(folder, resolved(config, widths), model_description, fingerprint(dataset), networks, results)
