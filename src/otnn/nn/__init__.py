@@ -1,7 +1,25 @@
 """Drop-in layers of `torch.nn` whose Lipschitz constant is 1."""
 
 from otnn.nn.activation import MaxMin, maxmin
+from otnn.nn.centering import BatchCentering, LayerCentering
 from otnn.nn.conv import OrthoConv2d
 from otnn.nn.linear import Centering, OrthoLinear, UnitNormLinear
+from otnn.nn.pooling import AdaptiveL2NormPool2d, L2NormPool2d, ScaledAdaptiveAvgPool2d, ScaledAvgPool2d
+from otnn.nn.residual import ConcatResidual, ConvexResidual
 
-__all__ = ["Centering", "MaxMin", "OrthoConv2d", "OrthoLinear", "UnitNormLinear", "maxmin"]
+__all__ = [
+    "AdaptiveL2NormPool2d",
+    "BatchCentering",
+    "Centering",
+    "ConcatResidual",
+    "ConvexResidual",
+    "L2NormPool2d",
+    "LayerCentering",
+    "MaxMin",
+    "OrthoConv2d",
+    "OrthoLinear",
+    "ScaledAdaptiveAvgPool2d",
+    "ScaledAvgPool2d",
+    "UnitNormLinear",
+    "maxmin",
+]

@@ -52,7 +52,7 @@ class ModelConfig:
     """Which network.
 
     Attributes:
-        architecture: "dense" or "conv".
+        architecture: "dense", "conv" or "resnet".
         widths: see `otnn.models.build`; chosen by the picture size by default.
     """
 
