@@ -12,6 +12,7 @@ from otnn.manifold import (
     Frobenius,
     NonNegative,
     Stiefel,
+    UnitInterval,
     UnitRows,
     constrained_parameters,
     keep_on_manifold,
@@ -141,7 +142,7 @@ def test_nothing_to_retract(shape: tuple[int, ...]) -> None:
 def test_non_finite_values_are_refused(bad: float) -> None:
     point = polar(gaussian(2, 3, 5))
     point[1, 0, 0] = bad
-    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative()):
+    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative(), UnitInterval()):
         with pytest.raises(FloatingPointError, match="a value is NaN or infinite"):
             manifold.retract(point)
 
@@ -184,7 +185,7 @@ def test_sample_is_haar() -> None:
 
 
 def test_sample_repeats_with_its_generator() -> None:
-    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative()):
+    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative(), UnitInterval()):
         first, second = (manifold.sample(3, 4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
         assert torch.equal(first, second)
         assert manifold.distance(first).max() < ON_MANIFOLD[torch.float32]
@@ -236,6 +237,12 @@ def test_non_negative_clips_and_measures() -> None:
     point = torch.tensor([-2.0, -0.0, 0.5])
     assert NonNegative().retract(point).tolist() == [0.0, 0.0, 0.5]
     assert NonNegative().distance(point).tolist() == [2.0, 0.0, 0.0]
+
+
+def test_the_unit_interval_clips_and_measures() -> None:
+    point = torch.tensor([-2.0, 0.0, 0.5, 1.0, 1.25])
+    assert UnitInterval().retract(point).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert UnitInterval().distance(point).tolist() == [2.0, 0.0, 0.0, 0.0, 0.25]
 
 
 # --- the hook ----------------------------------------------------------------------------------------------------

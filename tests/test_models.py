@@ -7,8 +7,16 @@ from torch import nn
 from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.manifold import constrained_parameters
-from otnn.models import Classifier, build, default_widths, parameter_count, predict
-from otnn.nn import Centering, MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.models import ARCHITECTURES, Classifier, build, default_widths, parameter_count, predict
+from otnn.nn import (
+    Centering,
+    ConvexResidual,
+    MaxMin,
+    OrthoConv2d,
+    OrthoLinear,
+    ScaledAdaptiveAvgPool2d,
+    UnitNormLinear,
+)
 
 NETWORKS = [
     ("dense", (1, 8, 8), 10, (16, 8)),
@@ -18,6 +26,9 @@ NETWORKS = [
     ("conv", (3, 9, 12), 2, (4, 6)),
     ("conv", (1, 28, 28), 4, (2, 4, 6, 8)),
     ("conv", (2, 8, 128), 3, (4, 4, 4, 4)),
+    ("resnet", (1, 8, 8), 10, (4, 6, 8)),
+    ("resnet", (3, 17, 34), 2, (4, 4, 6)),
+    ("resnet", (1, 64, 64), 3, (2, 4, 4, 4, 6)),
 ]
 
 
@@ -94,6 +105,38 @@ def test_the_layers_of_a_conv_network() -> None:
     assert isinstance(model.head, UnitNormLinear)
 
 
+def test_the_layers_of_a_residual_network() -> None:
+    model = build("resnet", (3, 36, 40), 10, widths=(4, 8, 16))
+    kinds = [type(layer) for layer in model.body]
+    stage = [OrthoConv2d, MaxMin, ConvexResidual, MaxMin, ConvexResidual, MaxMin]
+    assert kinds == [Centering, *stage, *stage, ScaledAdaptiveAvgPool2d, nn.Flatten, OrthoLinear, MaxMin]
+    halving = [layer for layer in model.body if isinstance(layer, OrthoConv2d)]
+    assert [(c.in_channels, c.out_channels, c.stride) for c in halving] == [(3, 4, 2), (4, 8, 2)]
+    for block in model.body:
+        if isinstance(block, ConvexResidual):
+            assert [type(layer) for layer in block.branch] == [OrthoConv2d, MaxMin, OrthoConv2d]
+            assert 0 < block.mix.alpha < 1
+    assert model.body[-2].in_features == 8 * 8 * 8
+    assert isinstance(model.head, UnitNormLinear)
+    small = build("resnet", (3, 32, 32), 10, widths=(4, 8, 16))  # nothing to pool
+    assert ScaledAdaptiveAvgPool2d not in {type(layer) for layer in small.body}
+
+
+def test_the_twin_of_a_residual_network_sums() -> None:
+    twin = build("resnet", (1, 8, 8), 3, widths=(4, 8), constrained=False).eval()
+    block = twin.body[4]
+    assert [type(layer) for layer in block.branch] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+    ]
+    x = torch.randn(2, 4, 4, 4)
+    assert torch.equal(block(x), x + block.branch(x))
+    assert type(twin.body[5]) is nn.ReLU
+
+
 def test_the_mean_of_the_training_images_is_subtracted() -> None:
     model = build("dense", (2, 3, 3), 3, widths=(4,), mean=torch.tensor([0.25, 0.75], dtype=torch.float64))
     assert model.body[0].mean.tolist() == [0.25, 0.75]
@@ -102,7 +145,7 @@ def test_the_mean_of_the_training_images_is_subtracted() -> None:
 
 
 def test_networks_repeat_with_their_seed_and_load_their_state() -> None:
-    for architecture, constrained in itertools.product(["dense", "conv"], [True, False]):
+    for architecture, constrained in itertools.product(ARCHITECTURES, [True, False]):
         torch.manual_seed(4)
         first = build(architecture, (1, 8, 8), 3, widths=(4, 6), constrained=constrained)
         second = build(architecture, (1, 8, 8), 3, widths=(4, 6), constrained=constrained)
@@ -125,6 +168,10 @@ def test_default_widths() -> None:
     assert default_widths("dense", (3, 64, 64)) == (256, 256, 256)
     assert default_widths("conv", (1, 8, 8)) == (32, 128)
     assert default_widths("conv", (3, 128, 128)) == (32, 64, 128, 128, 128)
+    assert default_widths("resnet", (3, 224, 224)) == (32, 64, 128, 128, 128, 128)
+    for size in (64, 65, 96, 128, 160, 224):
+        widths = [2] * len(default_widths("resnet", (1, size, size)))
+        assert build("resnet", (1, size, size), 2, widths=widths)(torch.rand(1, 1, size, size)).shape == (1, 1)
     for size in range(8, 129, 5):
         build("conv", (1, size, size), 2, widths=[2] * len(default_widths("conv", (1, size, size))))
 
@@ -136,7 +183,7 @@ def test_parameter_count_by_hand() -> None:
 
 
 REFUSED = [
-    (("mlp", (1, 8, 8), 10, (16,)), "architecture: expected one of dense, conv, got 'mlp'"),
+    (("mlp", (1, 8, 8), 10, (16,)), "architecture: expected one of dense, conv, resnet, got 'mlp'"),
     (("dense", (1, 8, 8), 1, (16,)), "classes: expected at least 2, got 1"),
     (("dense", (1, 8, 8), 10, ()), "widths: expected even numbers >= 2 (MaxMin sorts pairs), got []"),
     (("dense", (1, 8, 8), 10, (16, 7)), "widths: expected even numbers >= 2 (MaxMin sorts pairs), got [16, 7]"),
@@ -144,6 +191,8 @@ REFUSED = [
     (("dense", (1, 8, 8), 10, (-2,)), "widths: expected even numbers >= 2"),
     (("conv", (1, 7, 8), 10, (4, 8)), "conv: expected images of 8 to 128 pixels, got 7x8; set --size"),
     (("conv", (1, 8, 129), 10, (4, 8)), "conv: expected images of 8 to 128 pixels, got 8x129; set --size"),
+    (("resnet", (1, 8, 225), 10, (4, 8)), "resnet: expected images of 8 to 224 pixels, got 8x225; set --size"),
+    (("resnet", (1, 8, 8), 10, (4,)), "resnet: 0 stages do not fit 8x8 pixels: expected 1 to 3 stage widths"),
     (("conv", (1, 8, 8), 10, (4,)), "conv: 0 stages do not fit 8x8 pixels: expected 1 to 3 stage widths"),
     (("conv", (1, 8, 8), 10, (4, 4, 4, 4, 8)), "conv: 4 stages do not fit 8x8 pixels: expected 1 to 3 stage widths"),
 ]

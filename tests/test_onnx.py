@@ -22,14 +22,22 @@ from otnn.lipschitz import bound, export
 from otnn.models import Classifier, build
 from otnn.nn import (
     Abs,
+    AdaptiveL2NormPool2d,
+    BatchCentering,
     Centering,
+    ConcatResidual,
+    ConvexResidual,
     FrobeniusLinear,
     FullSort,
     GroupSort,
     Householder,
+    L2NormPool2d,
+    LayerCentering,
     MaxMin,
     OrthoConv2d,
     OrthoLinear,
+    ScaledAdaptiveAvgPool2d,
+    ScaledAvgPool2d,
     UnitNormLinear,
 )
 from otnn.onnx import write_onnx
@@ -62,6 +70,26 @@ def activations() -> Classifier:
     return model
 
 
+def blocks() -> Classifier:
+    """Every layer that pools, centres or passes channels by."""
+    centering = BatchCentering(8)
+    centering(torch.rand(16, 8))
+    body = nn.Sequential(
+        nn.PixelUnshuffle(2),
+        OrthoConv2d(4, 8, 3, padding=1),
+        centering,
+        ConcatResidual(ConvexResidual(OrthoConv2d(4, 4, 3, padding=1), 0.3), kept=4),
+        LayerCentering(8),
+        L2NormPool2d(2),
+        ScaledAvgPool2d((1, 2)),
+        LayerCentering(8, over="sample"),
+        ScaledAdaptiveAvgPool2d((2, 1)),
+        AdaptiveL2NormPool2d(1),
+        nn.Flatten(),
+    )
+    return Classifier(body, UnitNormLinear(8, 3), (1, 20, 20))
+
+
 class Cube(nn.Module):
     """A layer without a Lipschitz constant."""
 
@@ -75,9 +103,15 @@ MODELS = {
     "conv": lambda: build("conv", (1, 28, 28), 5, widths=(4, 16)),
     "conv, odd size": lambda: build("conv", (3, 9, 11), 3, widths=(4, 8, 16)),
     "multilabel": multilabel,
+    "resnet": lambda: build("resnet", (3, 18, 18), 3, widths=(4, 8, 16)),
+    "blocks": blocks,
     "circular": circular,
     "activations": activations,
 }
+
+
+# What layers without weights compute with: 0 and 1, and the roots of the sizes of two adaptive windows of "blocks".
+SETTINGS = {np.float32(0).tobytes(), np.float32(1).tobytes(), np.sqrt(np.float32([4, 6])).tobytes()}
 
 
 @dataclass
@@ -174,18 +208,22 @@ def test_weights_are_stored_bit_by_bit(written: Written) -> None:
         for tensor in onnx.load_from_string(written.content).graph.initializer
     }
     stored = {name: array for name, array in initializers.items() if array.dtype == np.float32}
-    expected = {name: value.numpy() for name, value in export(written.model).state_dict().items()}
-    means = expected.pop("body.0.mean", None)
+    plain = export(written.model)
+    expected = {name: value.numpy() for name, value in plain.state_dict().items() if value.is_floating_point()}
+    # torch gives the reshaped numbers of centring layers names of their own
+    centring = [f"{name}." for name, layer in plain.named_modules() if "Centering" in type(layer).__name__]
+    reshaped = [expected.pop(name).tobytes() for name in [*expected] if name.startswith(tuple(centring or "-"))]
     angles = [expected.pop(name) for name in list(expected) if name.endswith(".angle")]
     for name, value in expected.items():
         assert stored.pop(name).tobytes() == value.tobytes(), name
+    # the sizes of windows by which pooling divides are no weights
+    left = sorted(array.tobytes() for array in stored.values() if array.tobytes() not in SETTINGS)
     if angles:  # folded into the sine and the cosine of their halves, beside the factors of the reflection
         parts = [part for angle in angles for part in (np.sin(angle / 2), -np.cos(angle / 2), [0.0], [1.0], [-2.0])]
-        left = [array.ravel() for array in stored.values()]
-        assert all(any(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-7) for b in parts) for a in left)
+        numbers = [np.frombuffer(array, np.float32) for array in left if array not in reshaped]
+        assert all(any(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-7) for b in parts) for a in numbers)
         return
-    # torch gives the reshaped mean a name of its own; nothing else is left
-    assert [array.tobytes() for array in stored.values()] == ([] if means is None else [means.tobytes()])
+    assert left == sorted(reshaped)  # nothing else is left
 
 
 def test_the_file_is_valid_and_plain(written: Written) -> None:
@@ -193,7 +231,8 @@ def test_the_file_is_valid_and_plain(written: Written) -> None:
     onnx.checker.check_model(file, full_check=True)
     assert {node.domain for node in file.graph.node} == {""}
     plain = {"Sub", "Conv", "Split", "Max", "Min", "Concat", "Gemm", "Pad", "Reshape", "Shape", "Squeeze", "Constant"}
-    plain |= {"Abs", "Add", "Mul", "TopK", "Gather"}
+    plain |= {"Add", "Mul", "Div", "Pow", "Sqrt", "Abs", "Equal", "Where", "Slice", "Transpose", "Gather", "TopK"}
+    plain |= {"AveragePool", "ReduceMean", "ReduceMax", "ReduceSum"}
     assert {node.op_type for node in file.graph.node} <= plain
     (images,), (scores,) = file.graph.input, file.graph.output
     shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]

@@ -249,7 +249,12 @@ def test_no_adversarial_point_lies_within_the_radius(trained: tuple[Classifier, 
 
 @pytest.mark.parametrize(
     ("architecture", "shape", "widths"),
-    [("dense", SHAPE, (6,)), ("dense", SHAPE, (20, 10)), ("conv", (1, 8, 8), (4, 4, 8))],
+    [
+        ("dense", SHAPE, (6,)),
+        ("dense", SHAPE, (20, 10)),
+        ("conv", (1, 8, 8), (4, 4, 8)),
+        ("resnet", (1, 8, 8), (4, 4, 8)),
+    ],
 )
 @pytest.mark.parametrize("constrained", [True, False])
 def test_no_adversarial_point_of_random_networks(

@@ -179,6 +179,28 @@ class NonNegative:
         return (-point).clamp(min=0)
 
 
+class UnitInterval:
+    """Numbers in [0, 1], such as a learned share."""
+
+    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Draw uniformly from [0, 1)."""
+        return torch.rand(shape, generator=generator, dtype=dtype)
+
+    def retract(self, point: Tensor) -> Tensor:
+        """Replace numbers outside of [0, 1] by the nearer end.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite.
+        """
+        if not torch.isfinite(point).all():
+            raise FloatingPointError("a value is NaN or infinite")
+        return point.clamp(min=0, max=1)
+
+    def distance(self, point: Tensor) -> Tensor:
+        """Return how far outside of [0, 1] each number is."""
+        return torch.maximum(-point, point - 1).clamp(min=0)
+
+
 def constrained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Manifold]]:
     """Yield (name, parameter, manifold) of each constrained parameter of a module and its children."""
     for prefix, child in module.named_modules():

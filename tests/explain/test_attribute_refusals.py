@@ -93,7 +93,7 @@ def test_images_of_another_shape_than_the_classifier_was_built_for() -> None:
 
 
 @pytest.mark.parametrize("method", ["guided_backprop", "deconvolution"])
-@pytest.mark.parametrize("architecture", ["dense", "conv"])
+@pytest.mark.parametrize("architecture", ["dense", "conv", "resnet"])
 def test_relu_methods_refuse_an_otnn_and_take_its_twin(method: str, architecture: str) -> None:
     x = images(2, 1)
     with pytest.raises(NotApplicableError, match=rf"{method} changes .* also computes MaxMin\(\)"):

@@ -196,7 +196,8 @@ def test_an_exported_network_is_exported_to_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "shape", "widths"), [("dense", (1, 4, 4), (8, 6)), ("conv", (3, 8, 8), (4, 8, 6))]
+    ("architecture", "shape", "widths"),
+    [("dense", (1, 4, 4), (8, 6)), ("conv", (3, 8, 8), (4, 8, 6)), ("resnet", (3, 8, 8), (4, 8, 6))],
 )
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("constrained", [True, False])

@@ -197,7 +197,8 @@ def test_layers_of_a_graph_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "shape", "widths"), [("dense", (1, 4, 4), (32, 32)), ("conv", (2, 8, 8), (8, 16, 16))]
+    ("architecture", "shape", "widths"),
+    [("dense", (1, 4, 4), (32, 32)), ("conv", (2, 8, 8), (8, 16, 16)), ("resnet", (2, 8, 8), (8, 16, 16))],
 )
 def test_the_body_of_a_trained_network(architecture: str, shape: tuple[int, ...], widths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -213,11 +214,13 @@ def test_the_body_of_a_trained_network(architecture: str, shape: tuple[int, ...]
     assert found.constant <= 1.00001
     jacobian = torch.func.jacrev(lambda image: model.body(image[None])[0])(x[0]).flatten(1)
     assert norm(jacobian.double()) <= found.constant * (1 + 1e-6)  # the Jacobian is computed in float32
-    assert norm(jacobian.double()) > 0.3  # borders of the convolutions take some
+    # borders of the convolutions take some, and a mix of x and h(x) that point in different ways
+    assert norm(jacobian.double()) > (0.1 if architecture == "resnet" else 0.3)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "shape", "widths"), [("dense", (1, 4, 4), (8, 8)), ("conv", (2, 8, 8), (4, 4, 8))]
+    ("architecture", "shape", "widths"),
+    [("dense", (1, 4, 4), (8, 8)), ("conv", (2, 8, 8), (4, 4, 8)), ("resnet", (2, 8, 8), (4, 4, 8))],
 )
 def test_the_unconstrained_twin(architecture: str, shape: tuple[int, ...], widths: tuple[int, ...]) -> None:
     torch.manual_seed(1)

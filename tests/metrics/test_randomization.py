@@ -44,7 +44,7 @@ def test_mprt_equals_the_slow_one() -> None:
     assert not same(model, kept)
 
 
-@pytest.mark.parametrize("architecture", ["dense", "conv"])
+@pytest.mark.parametrize("architecture", ["dense", "conv", "resnet"])
 def test_an_otnn_is_redrawn_on_its_manifold_and_restored(architecture: str) -> None:
     torch.manual_seed(0)
     model = build(architecture, (1, 8, 8), 3, widths=(8, 8)).double().eval()

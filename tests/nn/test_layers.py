@@ -14,14 +14,22 @@ from otnn.lipschitz import bound
 from otnn.manifold import constrained_parameters, retract_parameters
 from otnn.nn import (
     Abs,
+    AdaptiveL2NormPool2d,
+    BatchCentering,
     Centering,
+    ConcatResidual,
+    ConvexResidual,
     FrobeniusLinear,
     FullSort,
     GroupSort,
     Householder,
+    L2NormPool2d,
+    LayerCentering,
     MaxMin,
     OrthoConv2d,
     OrthoLinear,
+    ScaledAdaptiveAvgPool2d,
+    ScaledAvgPool2d,
     UnitNormLinear,
 )
 from tests.operators import layer_matrix, norm
@@ -34,6 +42,8 @@ class Case:
     Attributes:
         smallest: the smallest singular value that it may have (of the short side of its matrix).
         norm: its largest singular value: exactly 1 for orthogonal layers, a range for others.
+        mixes: in `train()` mode the samples of a batch mix by design, as batch statistics do, and enter a buffer; such
+            a layer is made in `eval()` mode, and both are tested.
     """
 
     name: str
@@ -42,6 +52,21 @@ class Case:
     smallest: float = 1.0
     norm: tuple[float, float] = (1.0, 1.0)
     linear: bool = True
+    mixes: bool = False
+
+
+def batch_centering(channels: int) -> nn.Module:
+    """One that has seen a batch."""
+    layer = BatchCentering(channels)
+    layer(torch.linspace(0, 1, 4 * channels).view(4, channels))
+    return layer.eval()
+
+
+def branch(channels: int) -> nn.Module:
+    """The branch of a residual block of images."""
+    return nn.Sequential(
+        OrthoConv2d(channels, channels, 3, padding=1), MaxMin(), OrthoConv2d(channels, channels, 3, padding=1)
+    )
 
 
 def reflections(channels: int, dim: int = 1) -> Householder:
@@ -92,6 +117,28 @@ LAYERS = [
     Case("abs", Abs, (3, 2, 4), linear=False),
     Case("householder images", lambda: reflections(4), (4, 3, 5), linear=False),
     Case("householder last", lambda: reflections(4, -1), (3, 5, 4), linear=False),
+    Case("scaled average", lambda: ScaledAvgPool2d(2), (2, 4, 6)),
+    Case("scaled average, oblong", lambda: ScaledAvgPool2d((2, 3)), (2, 4, 6)),
+    Case("adaptive scaled average", lambda: ScaledAdaptiveAvgPool2d((2, 3)), (2, 5, 7)),
+    Case("L2 pooling", lambda: L2NormPool2d(2), (2, 4, 6), linear=False),
+    Case("L2 pooling, oblong", lambda: L2NormPool2d((3, 1)), (2, 6, 2), linear=False),
+    Case("adaptive L2 pooling", lambda: AdaptiveL2NormPool2d((2, 3)), (2, 5, 7), linear=False),
+    Case("pixel unshuffle", lambda: nn.PixelUnshuffle(2), (2, 4, 6)),
+    Case("pixel shuffle", lambda: nn.PixelShuffle(2), (8, 2, 3)),
+    Case("batch centering", lambda: batch_centering(3), (3, 2, 4), mixes=True),
+    Case("batch centering rows", lambda: batch_centering(4), (4,), mixes=True),
+    # a projection: one singular value of each place, or of each sample, is 0
+    Case("layer centering", lambda: LayerCentering(3), (3, 2, 4), smallest=0.0),
+    Case("layer centering rows", lambda: LayerCentering(5, bias=False), (5,), smallest=0.0),
+    Case("layer centering of samples", lambda: LayerCentering(2, over="sample"), (2, 3, 4), smallest=0.0),
+    # (1 - alpha) I + alpha Q has singular values between | 1 - 2 alpha | and 1
+    Case("convex residual", lambda: ConvexResidual(OrthoLinear(6, 6), 0.3), (6,), 0.4, (0.4, 1.0)),
+    Case(
+        "convex residual, fixed", lambda: ConvexResidual(OrthoLinear(2, 2), 0.1, learned=False), (2,), 0.8, (0.8, 1.0)
+    ),
+    Case("convex residual images", lambda: ConvexResidual(branch(4), 0.25), (4, 4, 3), 0.0, (0.5, 1.0), linear=False),
+    Case("concat residual", lambda: ConcatResidual(OrthoLinear(4, 4), kept=2), (6,)),
+    Case("concat residual images", lambda: ConcatResidual(branch(4), kept=1), (5, 4, 3), 0.0, COMPRESSED, linear=False),
 ]
 pytestmark = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 
@@ -112,7 +159,7 @@ def matrix(case: Case, layer: nn.Module) -> Tensor:
     if case.linear:
         return layer_matrix(layer, case.shape)
     jacobian = torch.autograd.functional.jacobian(layer.double(), inputs(case, 1))
-    return jacobian.reshape(math.prod(case.shape), -1)
+    return jacobian.reshape(-1, math.prod(case.shape))
 
 
 def test_singular_values(case: Case) -> None:
@@ -199,6 +246,9 @@ def test_samples_of_a_batch_do_not_mix(case: Case) -> None:
     alone = torch.cat([layer(x[i : i + 1]) for i in range(4)])
     assert (together - alone).abs().max() < 1e-13
     assert len(layer(x[:0])) == 0
+    if case.mixes:
+        together, other = layer.train()(x), layer(torch.cat([x[:2], x[2:] + 1]))
+        assert (together - other)[:2].abs().min() > 0.1
 
 
 def test_memory_format_does_not_matter(case: Case) -> None:
@@ -214,9 +264,14 @@ def test_memory_format_does_not_matter(case: Case) -> None:
 def test_nothing_changes_in_eval(case: Case) -> None:
     layer, x = exact(case.make()), inputs(case)
     before = copy.deepcopy(layer.state_dict())
-    trained = layer.train()(x)
-    assert torch.equal(layer.eval()(x), trained)
+    kept = layer(x) if case.mixes else layer.train()(x)
+    assert torch.equal(layer.eval()(x), kept)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    if case.mixes:
+        assert not torch.equal(layer.train()(x), kept)
+        assert {name for name, value in layer.state_dict().items() if not torch.equal(before[name], value)} == {
+            name for name, _ in layer.named_buffers()
+        }
 
 
 def test_copies_are_independent(case: Case) -> None:

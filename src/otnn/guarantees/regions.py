@@ -17,7 +17,19 @@ from otnn.lipschitz.bounds import step_constants
 from otnn.lipschitz.graph import Trace
 from otnn.lipschitz.operations import Step, function_of
 from otnn.lipschitz.rounding import mul_up, sqrt_up
-from otnn.nn import Centering, FullSort, GroupSort, MaxMin, OrthoConv2d, group_sort
+from otnn.nn import (
+    BatchCentering,
+    Centering,
+    FullSort,
+    GroupSort,
+    LayerCentering,
+    MaxMin,
+    OrthoConv2d,
+    ScaledAdaptiveAvgPool2d,
+    ScaledAvgPool2d,
+    group_sort,
+)
+from otnn.nn.residual import ChannelsFrom, ChannelsJoin, ConvexMix
 
 DOMAIN = (
     "For every real change of the whole image below the radius, for the pair of classes at hand, in networks of affine "
@@ -28,6 +40,7 @@ _AFFINE = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.modules.padding._ConstantPadNd),
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(ScaledAvgPool2d, ScaledAdaptiveAvgPool2d, BatchCentering, LayerCentering, ChannelsFrom, ChannelsJoin, ConvexMix),
 )
 _AFFINE_FUNCTIONS = {
     *("add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv", "mean"),

@@ -1,7 +1,7 @@
 """The Lipschitz bound of a whole network.
 
 With L the constants of the inputs of a step: a layer multiplies, sums add, and concatenation takes the root of the sum
-of squares.
+of squares; residual blocks are in `otnn.lipschitz.residual`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import nn
 
 from otnn.lipschitz.graph import trace
 from otnn.lipschitz.operations import Step
+from otnn.lipschitz.residual import mix_constant
 from otnn.lipschitz.rounding import add_up, mul_up, sqrt_up
 
 
@@ -67,6 +68,10 @@ def step_constants(steps: Sequence[Step]) -> list[float]:
             constants.append(mul_up(step.bound.constant, sources[0]))
         elif step.kind == "sum":
             constants.append(add_up(*sources))
+        elif step.kind == "mix":
+            constants.append(mix_constant(step.alpha, *sources))
+        elif step.kind == "join":
+            constants.append(max(sources))
         elif step.kind == "concatenate":
             constants.append(sqrt_up(add_up(*[mul_up(constant, constant) for constant in sources])))
         else:

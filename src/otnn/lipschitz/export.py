@@ -28,10 +28,11 @@ def export(module: Module) -> Module:
     """Return a copy in plain torch layers, in `eval()` mode, for evaluation at the speed of an ordinary network.
 
     `OrthoLinear`, `UnitNormLinear` and `FrobeniusLinear` become `torch.nn.Linear`, `OrthoConv2d` becomes
-    `torch.nn.Conv2d` with its composed kernel; layers without constraints (activations, `Centering`, torch's own) are
-    copied. The factors are brought to their manifold in float64, composed, scaled down by some 1e-7, and stored in the
-    dtype of the original such that the bound of the stored numbers is at most 1: of the norm, of each row's norm for
-    `UnitNormLinear`, of the Frobenius norm for `FrobeniusLinear`.
+    `torch.nn.Conv2d` with its composed kernel; layers without such weights (activations, centring, pooling, torch's
+    own) are copied, and residual blocks with their branches replaced likewise. The factors are brought to their
+    manifold in float64, composed, scaled down by some 1e-7, and stored in the dtype of the original such that the
+    bound of the stored numbers is at most 1: of the norm, of each row's norm for `UnitNormLinear`, of the Frobenius
+    norm for `FrobeniusLinear`.
 
     Args:
         module: a layer or a network.
@@ -67,8 +68,9 @@ def export(module: Module) -> Module:
                 f"{name} is off its manifold, so the exported network would compute something else; "
                 "call otnn.manifold.retract_parameters(model) first, and keep_on_manifold in training"
             )
-    copied: Module = copy.deepcopy(module)
-    return _replaced(copied, _exported).eval()
+    copied: Module = _replaced(copy.deepcopy(module), _exported)
+    retract_parameters(copied)  # what is constrained in layers that stay: the shares of residual blocks
+    return copied.eval()
 
 
 def composed(module: Module) -> Module:

@@ -20,7 +20,8 @@ from otnn.errors import InputError
 from otnn.lipschitz.bounds import step_constants
 from otnn.lipschitz.graph import Trace
 from otnn.lipschitz.operations import Step
-from otnn.lipschitz.rounding import UNDERFLOW, UNIT, add_up, gamma, mul_up, sqrt_up, up
+from otnn.lipschitz.residual import mix_weights
+from otnn.lipschitz.rounding import UNDERFLOW, UNIT, add_up, gamma, hypot_up, mul_up, sqrt_up, up
 
 # Told at each step: the node of the graph, its result, and a bound (batch,) of the norm of the result's error
 Watch = Callable[[str, Tensor, Tensor], None]
@@ -118,19 +119,24 @@ class _Runner(fx.Interpreter):
             terms = float(len(step.sources) + 1)
             lost = mul_up(terms, sqrt_up(float(result[0].numel())), UNDERFLOW[self._dtype])
             slope, offset = UNIT[self._dtype], lost
+        elif step.kind == "mix":
+            slope, offset = _mix_rounding(step.alpha, result[0].numel(), self._dtype)
         else:
             slope = offset = 0.0
-        sigma = step.bound.constant
+        sigmas = mix_weights(step.alpha) if step.kind == "mix" else (step.bound.constant,) * len(step.sources)
+        # the errors of separate coordinates are orthogonal to each other, those of terms may point the same way
+        apart = step.kind in ("concatenate", "join")
+        together = torch.hypot if apart else torch.add
         error, around, growth = torch.zeros_like(self.found[0][0]), torch.zeros_like(self.found[0][0]), 0.0
-        for source in step.sources:
+        for source, sigma in zip(step.sources, sigmas, strict=True):
             before, near, slower = self.found[source]
             norm = self.norms[source]
             self._keep_in_range(step, norm + before + near, add_up(self._constants[source], slower))
-            error = error + sigma * before + slope * norm
-            around = around + (sigma + slope) * near + slope * (norm + before)
+            error = together(error, sigma * before + slope * norm)
+            around = together(around, (sigma + slope) * near + slope * (norm + before))
             steeper = add_up(mul_up(sigma, slower), mul_up(slope, add_up(self._constants[source], slower)))
-            growth = add_up(growth, steeper)
-        # each of these few operations was rounded to nearest
+            growth = hypot_up(growth, steeper) if apart else add_up(growth, steeper)
+        # each of these few operations was rounded to nearest, or, a hypotenuse, within one unit of the last place
         outward = up(1 + gamma(8 * len(step.sources)))
         return (error + offset) * outward, (around + offset) * outward, growth
 
@@ -138,9 +144,24 @@ class _Runner(fx.Interpreter):
         """Reduce the reach to where weight (norm + slope r) + offset, a bound of every partial sum, is in range."""
         rounding = step.bound.rounding if step.kind == "layer" else None
         weight, offset = (rounding.weight, rounding.offset) if rounding is not None else (float(len(step.sources)), 0.0)
-        if weight > 0 and step.kind in ("layer", "sum"):
+        if step.kind == "mix":
+            weight = mul_up(weight, _largest_factor(step.alpha))
+        if weight > 0 and step.kind in ("layer", "sum", "mix"):
             largest = torch.finfo(self._dtype).max / 2
             self.reach = torch.minimum(self.reach, (largest - offset - weight * norm) / mul_up(weight, slope))
+
+
+def _mix_rounding(alpha: float, outputs: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The slope, on the norm of each source, and the offset of x + alpha (y - x), or y - (1 - alpha) (y - x)."""
+    largest = _largest_factor(alpha)
+    # a share, a difference, a product or the sum below the smallest normal number may be flushed to zero
+    slope = mul_up(largest, add_up(gamma(5, dtype), mul_up(2.0, UNDERFLOW[dtype])))
+    return slope, mul_up(8.0, largest, sqrt_up(float(outputs)), UNDERFLOW[dtype])
+
+
+def _largest_factor(alpha: float) -> float:
+    """Bounds how often each source enters a mix, every term with its absolute value."""
+    return add_up(1.0, *mix_weights(alpha))
 
 
 def _norms(result: Tensor) -> Tensor:

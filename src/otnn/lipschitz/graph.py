@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 from otnn.errors import InputError
 from otnn.lipschitz.layers import Shape, computes_like, has_hooks, known_kind
 from otnn.lipschitz.operations import IN_PLACE, SAME, Step, function_of, is_size, step_of
+from otnn.nn.residual import ChannelsFrom
 
 # Samples of the run that finds the shapes; more than one, and unlikely to be another dimension's size.
 _BATCH = 5
 _TRACING = threading.Lock()
 # Layers whose result may share the memory of their input.
-_VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+_VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, ChannelsFrom)
 
 
 @dataclass(frozen=True)

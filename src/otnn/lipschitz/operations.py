@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 
 from otnn.errors import InputError
 from otnn.lipschitz.layers import EXACT, LayerBound, Rounding, Shape, computes_like, known_kind, layer_bound
+from otnn.lipschitz.residual import check_join
 from otnn.lipschitz.rounding import div_up, mul_up, sqrt_up
+from otnn.nn.residual import ChannelsJoin, ConvexMix
 
 _UNCHANGED = LayerBound(1.0, EXACT)
 
@@ -23,15 +25,18 @@ class Step:
 
     Attributes:
         name: of the layer, or of the operation.
-        kind: "input", "layer", "sum", "concatenate" or "same" (numbers that are only moved or negated).
+        kind: "input", "layer", "sum", "mix" ((1 - alpha) x + alpha y), "concatenate", "join" (parts that depend on
+            different coordinates of one tensor) or "same" (numbers that are only moved or negated).
         sources: the steps whose results it takes.
         bound: of a "layer".
+        alpha: of a "mix".
     """
 
     name: str
     kind: str
     sources: tuple[int, ...]
     bound: LayerBound = _UNCHANGED
+    alpha: float = 0.0
 
 
 def step_of(
@@ -44,9 +49,10 @@ def step_of(
     if not sources:
         return None  # a stored constant
     if node.op == "call_module":
-        return Step(
-            str(node.target), "layer", sources, _bound_layer(graph.get_submodule(str(node.target)), node, shapes)
-        )
+        layer = graph.get_submodule(str(node.target))
+        if isinstance(layer, (ConvexMix, ChannelsJoin)) and len(sources) == len(node.args) == 2:
+            return _meeting_step(graph, layer, node, index)
+        return Step(str(node.target), "layer", sources, _bound_layer(layer, node, shapes))
     target = function_of(node)
     if is_size(node):
         return None
@@ -78,14 +84,31 @@ def step_of(
 
 
 def _bound_layer(layer: nn.Module, node: fx.Node, shapes: dict[fx.Node, Shape]) -> LayerBound:
+    _check_kind(layer)
+    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    return layer_bound(layer, shapes.get(source), shapes.get(node))  # type: ignore[arg-type]
+
+
+def _meeting_step(
+    graph: fx.GraphModule, layer: ConvexMix | ChannelsJoin, node: fx.Node, index: dict[fx.Node, int]
+) -> Step:
+    """The end of a residual block."""
+    _check_kind(layer)
+    sources = tuple(index[source] for source in node.args)  # type: ignore[index]
+    if isinstance(layer, ConvexMix):
+        return Step(str(node.target), "mix", sources, alpha=float(layer.alpha.detach()))
+    check_join(graph, node)
+    return Step(str(node.target), "join", sources)
+
+
+def _check_kind(layer: nn.Module) -> None:
+    """Refuse a layer that computes something else than the type whose rule applies to it."""
     kind = known_kind(layer)
     if kind is not None and (not computes_like(layer, kind) or nn.utils.parametrize.is_parametrized(layer)):
         raise InputError(
             f"no Lipschitz bound is known: its own forward, a hook or a parametrization makes {type(layer).__name__} "
             f"another map than {kind.__name__}; export it to plain torch layers first"
         )
-    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-    return layer_bound(layer, shapes.get(source), shapes.get(node))  # type: ignore[arg-type]
 
 
 def _sum_step(graph: fx.GraphModule, node: fx.Node, index: dict[fx.Node, int], shapes: dict[fx.Node, Shape]) -> Step:

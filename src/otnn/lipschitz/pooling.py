@@ -16,6 +16,7 @@ from otnn.lipschitz.activations import settings_rounding
 from otnn.lipschitz.layers import EXACT, LayerBound, Rounding, Shape, hits, layer_bound, needs_shape
 from otnn.lipschitz.matrix import matrix_bound
 from otnn.lipschitz.rounding import add_up, div_up, gamma, mul_up, sqrt_up, up
+from otnn.nn import AdaptiveL2NormPool2d, L2NormPool2d, ScaledAdaptiveAvgPool2d, ScaledAvgPool2d
 
 # The entries of the largest matrix of one dimension: its eigenvalues take about two seconds.
 _ENTRIES = 2048**2
@@ -53,6 +54,21 @@ def _(layer: nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d, shape: Shape | None, o
         constant = mul_up(constant, _nonnegative_norm(bins / sizes.double()))
         window *= int(sizes.max())
     return LayerBound(constant, _average_rounding(window, constant, output))
+
+
+@layer_bound.register(ScaledAvgPool2d)
+@layer_bound.register(L2NormPool2d)
+def _(layer: ScaledAvgPool2d | L2NormPool2d, shape: Shape | None, output: Shape | None) -> LayerBound:
+    return LayerBound(1.0, _disjoint_rounding(math.prod(layer.kernel_size), output))
+
+
+@layer_bound.register(ScaledAdaptiveAvgPool2d)
+@layer_bound.register(AdaptiveL2NormPool2d)
+def _(layer: ScaledAdaptiveAvgPool2d | AdaptiveL2NormPool2d, shape: Shape | None, output: Shape | None) -> LayerBound:
+    if shape is None or output is None:
+        return LayerBound(1.0, None)
+    window = math.prod(-(-side // count) for side, count in zip(shape[-2:], output[-2:], strict=True))
+    return LayerBound(1.0, _disjoint_rounding(window, output))
 
 
 @layer_bound.register(nn.MaxPool1d)
@@ -225,6 +241,14 @@ def _nonnegative_norm(matrix: Tensor) -> float:
 def _average_rounding(window: int, constant: float, output: Shape | None) -> Rounding | None:
     """A sum over a window and a division; weights are positive, so their norm is the constant."""
     return None if output is None else Rounding(window + 2, constant, 0.0, math.prod(output))
+
+
+def _disjoint_rounding(window: int, output: Shape | None) -> Rounding | None:
+    """A sum of `window` numbers or squares, and at most eight operations on its terms and on it.
+
+    All terms count with their absolute values: the outputs then have at most the norm of the inputs.
+    """
+    return None if output is None else Rounding(window + 8, 1.0, 0.0, math.prod(output))
 
 
 def _windows_per_pixel(taps: Shape, strides: Shape, paddings: Shape, dilations: Shape, output: Shape | None) -> int:

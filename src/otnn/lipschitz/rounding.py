@@ -62,6 +62,11 @@ def sqrt_up(value: float) -> float:
     return up(math.sqrt(value)) if value > 0 else 0.0
 
 
+def hypot_up(first: float, second: float) -> float:
+    """Bound the root of the sum of two squares, whatever their scale."""
+    return up(up(math.hypot(first, second))) if first and second else max(abs(first), abs(second))
+
+
 def gamma(operations: int, dtype: torch.dtype = torch.float64) -> float:
     """Bound n u / (1 - n u), u the unit roundoff of the dtype; infinite where n u >= 1."""
     product = operations * UNIT[dtype]

@@ -52,7 +52,7 @@ class ModelConfig:
     """Which network.
 
     Attributes:
-        architecture: "dense" or "conv".
+        architecture: "dense", "conv" or "resnet".
         widths: see `otnn.models.build`; chosen by the picture size by default.
         activation: of the OTNN: "maxmin", "groupsort4", "groupsort8", "fullsort", "abs" or "householder".
         head: of the OTNN: "unit_rows", "orthogonal" or "frobenius".
