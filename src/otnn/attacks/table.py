@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from otnn.attacks.minimal import minimal_norm
+from otnn.attacks.objective import NORMS
+from otnn.attacks.pgd import pgd
+from otnn.attacks.step import gradient_step
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -28,4 +33,9 @@ class Attack:
     passes: str
 
 
-ATTACKS: Mapping[str, Attack] = {}
+OWN: Mapping[str, Attack] = {
+    "step": Attack(gradient_step, False, NORMS, "otnn", False, "1 forward, 1 backward"),
+    "pgd": Attack(pgd, False, NORMS, "otnn", True, "up to 42 forwards, 41 backwards"),
+    "minimal": Attack(minimal_norm, True, NORMS, "otnn", False, "some 300 forwards, 50 backwards on ten classes"),
+}
+ATTACKS: Mapping[str, Attack] = {**OWN}
