@@ -15,14 +15,16 @@ from otnn.lipschitz.bounds import step_constants
 from otnn.lipschitz.graph import Trace
 from otnn.lipschitz.operations import Step, function_of
 from otnn.lipschitz.rounding import mul_up, sqrt_up
-from otnn.nn import Centering, MaxMin, OrthoConv2d
+from otnn.nn import Centering, MaxMin
+from otnn.nn.kernel import OrthoKernel
 
 DOMAIN = (
     "For every real change of the whole image below the radius, for the pair of classes at hand, in networks of affine "
     "and GroupSort layers only."
 )
 _AFFINE = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, OrthoConv2d, Centering, nn.BatchNorm1d, nn.BatchNorm2d),
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, OrthoKernel, Centering),
+    *(nn.BatchNorm1d, nn.BatchNorm2d),
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.modules.padding._ConstantPadNd),
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),

@@ -1,6 +1,6 @@
 """Rigorous upper bounds of Lipschitz constants: true statements about the stored weights, rounded outward."""
 
-from otnn.lipschitz import activations, pooling  # noqa: F401  (their rules register themselves)
+from otnn.lipschitz import activations, convolution_layers, pooling  # noqa: F401  (their rules register themselves)
 from otnn.lipschitz.bounds import LipschitzBound, bound
 from otnn.lipschitz.convolution import convolution_bound
 from otnn.lipschitz.export import export, plain_structure
