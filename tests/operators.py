@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from otnn.nn.kernel import OrthoKernel
+
 
 def layer_matrix(layer: nn.Module, shape: Sequence[int]) -> Tensor:
     """The matrix (outputs, inputs) of an affine layer on inputs of one shape, by applying it to a basis."""
@@ -37,3 +39,24 @@ def circular_matrix(kernel: Tensor, size: int, stride: int = 1) -> Tensor:
 def norm(matrix: Tensor) -> float:
     """The largest singular value."""
     return float(torch.linalg.svdvals(matrix.detach())[0])
+
+
+def on_the_torus(layer: OrthoKernel, images: Tensor) -> Tensor:
+    """Apply an orthogonal convolution, or a transposed one, to images without borders, whatever its padding is."""
+    if layer.transposed:
+        sizes = [size * layer.stride for size in images.shape[2:]]
+        outputs = images.new_zeros(len(images), layer.out_channels, *sizes, requires_grad=True)
+        return torch.autograd.grad(_circular(layer, outputs), outputs, images, create_graph=True)[0]
+    return _circular(layer, images)
+
+
+def torus_shape(layer: OrthoKernel) -> tuple[int, ...]:
+    """Of one input of `on_the_torus`: a multiple of the stride, and no smaller than the kernel."""
+    size = -(-max(4, layer.dilation * (layer.kernel_size - 1) + 1) // layer.stride)
+    return layer.in_channels, *[size if layer.transposed else size * layer.stride] * layer.dims
+
+
+def _circular(layer: OrthoKernel, images: Tensor) -> Tensor:
+    wrapped = F.pad(images, (0, layer.dilation * (layer.kernel_size - 1)) * layer.dims, mode="circular")
+    convolve = F.conv1d if layer.dims == 1 else F.conv2d
+    return convolve(wrapped, layer.weight, None, layer.stride, 0, layer.dilation, layer.groups)

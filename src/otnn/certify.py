@@ -25,7 +25,7 @@ from otnn.lipschitz.forward_error import BoundedExecution
 from otnn.lipschitz.graph import trace
 from otnn.lipschitz.rounding import mul_up, sqrt_up
 from otnn.models import Classifier, check_model, predict
-from otnn.nn import OrthoConv2d
+from otnn.nn.kernel import OrthoKernel
 from otnn.potential import label_distances, pair_distances
 
 ARITHMETICS = ("real", "float32")
@@ -203,7 +203,7 @@ def _check_arithmetic(model: Classifier, arithmetic: str) -> None:
             "torch is set to multiply float32 in reduced precision; "
             'expected torch.set_float32_matmul_precision("highest") and fp32_precision "ieee"'
         )
-    convolves = any(isinstance(layer, (nn.modules.conv._ConvNd, OrthoConv2d)) for layer in model.modules())
+    convolves = any(isinstance(layer, (nn.modules.conv._ConvNd, OrthoKernel)) for layer in model.modules())
     one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     if convolves and (device == "cuda" or not one_dnn):
         raise InputError(

@@ -10,7 +10,7 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
-from otnn.nn import OrthoConv2d
+from otnn.nn.kernel import OrthoKernel
 
 
 def gradcam_pp(
@@ -135,7 +135,7 @@ def last_spatial_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
 
     def note(module: nn.Module, args: object, output: object) -> None:
         nonlocal convolved
-        convolved = convolved or isinstance(module, _ConvNd | OrthoConv2d)
+        convolved = convolved or isinstance(module, _ConvNd | OrthoKernel)
         if convolved and isinstance(output, Tensor) and output.ndim == inputs.ndim and output[0, 0].numel() > 1:
             last[:] = [module]
 

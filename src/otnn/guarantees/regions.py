@@ -24,11 +24,11 @@ from otnn.nn import (
     GroupSort,
     LayerCentering,
     MaxMin,
-    OrthoConv2d,
     ScaledAdaptiveAvgPool2d,
     ScaledAvgPool2d,
     group_sort,
 )
+from otnn.nn.kernel import OrthoKernel
 from otnn.nn.residual import ChannelsFrom, ChannelsJoin, ConvexMix
 
 DOMAIN = (
@@ -36,7 +36,8 @@ DOMAIN = (
     "and GroupSort layers only."
 )
 _AFFINE = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, OrthoConv2d, Centering, nn.BatchNorm1d, nn.BatchNorm2d),
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, OrthoKernel, Centering),
+    *(nn.BatchNorm1d, nn.BatchNorm2d),
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.modules.padding._ConstantPadNd),
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),

@@ -1,6 +1,12 @@
 """Rigorous upper bounds of Lipschitz constants: true statements about the stored weights, rounded outward."""
 
-from otnn.lipschitz import activations, centering, pooling, residual  # noqa: F401  (their rules register themselves)
+from otnn.lipschitz import (  # noqa: F401  (their rules register themselves)
+    activations,
+    centering,
+    convolution_layers,
+    pooling,
+    residual,
+)
 from otnn.lipschitz.bounds import LipschitzBound, bound
 from otnn.lipschitz.convolution import convolution_bound
 from otnn.lipschitz.export import export, plain_structure

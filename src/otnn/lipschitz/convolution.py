@@ -8,7 +8,7 @@ With zero padding a convolution is a compression of the convolution on the infin
   its largest absolute value M at t is at least M cos(d (s - t)) at s near t (M. Riesz 1914), and some grid point is
   within pi / N. For values >= 0, as eigenvalues of a Gram matrix, it is at least M (1 + cos(d (s - t))) / 2.
 
-Strides are first rewritten by pixel-unshuffling (polyphase), which is exact.
+Strides are first rewritten by pixel-unshuffling (polyphase), which is exact, and dilations by interleaving.
 """
 
 import math
@@ -60,14 +60,14 @@ def convolution_bound(
         return 0.0
     kernel = kernel.unflatten(0, (groups, -1))
     pixels: list[int | None] = []
+    steps: list[int] = []
     for dim, (step, spread) in enumerate(zip(stride, dilation, strict=True)):
-        count = None if size is None else size[dim]
-        if step == 1:  # a dilated convolution is `spread` separate ones on interleaved images
-            pixels.append(None if count is None else -(-count // spread))
-        else:
-            kernel = _dilated(kernel, 3 + dim, spread)
-            pixels.append(None if count is None else -(-(count + step - 1) // step))
-    kernel = _polyphase(kernel, stride)
+        # windows read pixels of one class modulo the common factor; in it, a dilation prime to the stride leaves
+        # separate undilated convolutions on interleaved pixels
+        steps.append(step // math.gcd(step, spread))
+        count = None if size is None else -(-size[dim] // spread)
+        pixels.append(None if count is None else -(-(count + steps[-1] - 1) // steps[-1]))
+    kernel = _polyphase(kernel, (steps[0], steps[1]))
     if kernel.shape[1] > kernel.shape[2]:  # the adjoint has the same norm and the smaller Gram kernel
         kernel = kernel.transpose(1, 2).flip(3, 4)
     degrees = (kernel.shape[3] - 1, kernel.shape[4] - 1)
@@ -185,17 +185,6 @@ def _gram(kernel: Tensor) -> Tensor:
     )
     taps: Tensor = products.unflatten(1, (groups, outputs)).permute(1, 0, 2, 3, 4)
     return taps.contiguous()
-
-
-def _dilated(kernel: Tensor, dim: int, spread: int) -> Tensor:
-    """Write the zeros between the taps of a dilated kernel out."""
-    if spread == 1:
-        return kernel
-    shape = list(kernel.shape)
-    shape[dim] = (shape[dim] - 1) * spread + 1
-    written = kernel.new_zeros(shape)
-    written.narrow(dim, 0, shape[dim])[(slice(None),) * dim + (slice(None, None, spread),)] = kernel
-    return written
 
 
 def _polyphase(kernel: Tensor, stride: Pair) -> Tensor:

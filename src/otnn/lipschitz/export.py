@@ -2,37 +2,44 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from otnn.errors import InputError
-from otnn.lipschitz.convolution import convolution_bound
+from otnn.lipschitz.convolution_layers import orthogonal_bound
 from otnn.lipschitz.layers import computes_like
 from otnn.lipschitz.matrix import matrix_bound
 from otnn.lipschitz.rounding import norm_up
 from otnn.manifold import constrained_parameters, retract_parameters
-from otnn.nn import FrobeniusLinear, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.nn import FrobeniusLinear, OrthoConv1d, OrthoConv2d, OrthoConvTranspose2d, OrthoLinear, UnitNormLinear
+from otnn.nn.kernel import OrthoKernel
 
 Module = TypeVar("Module", bound=nn.Module)
 # Each try scales by the bound that was found; rounding to float32 moves a bound by some 1e-8, so few tries do.
 _TRIES = 20
 # A weight this far from its manifold, by the manifold's own measure, was not kept on it.
 _OFF = 1e-3
+_CONVOLUTIONS: dict[type[OrthoKernel], type[nn.Module]] = {
+    OrthoConv1d: nn.Conv1d,
+    OrthoConv2d: nn.Conv2d,
+    OrthoConvTranspose2d: nn.ConvTranspose2d,
+}
 _DENSE = (OrthoLinear, UnitNormLinear, FrobeniusLinear)
-_CONSTRAINED = (*_DENSE, OrthoConv2d)
+_CONSTRAINED = (*_DENSE, *_CONVOLUTIONS)
 
 
 def export(module: Module) -> Module:
     """Return a copy in plain torch layers, in `eval()` mode, for evaluation at the speed of an ordinary network.
 
-    `OrthoLinear`, `UnitNormLinear` and `FrobeniusLinear` become `torch.nn.Linear`, `OrthoConv2d` becomes
-    `torch.nn.Conv2d` with its composed kernel; layers without such weights (activations, centring, pooling, torch's
-    own) are copied, and residual blocks with their branches replaced likewise. The factors are brought to their
-    manifold in float64, composed, scaled down by some 1e-7, and stored in the dtype of the original such that the
-    bound of the stored numbers is at most 1: of the norm, of each row's norm for `UnitNormLinear`, of the Frobenius
-    norm for `FrobeniusLinear`.
+    `OrthoLinear`, `UnitNormLinear` and `FrobeniusLinear` become `torch.nn.Linear`, orthogonal convolutions become those
+    of torch with the composed kernel; layers without such weights (activations, centring, pooling, torch's own) are
+    copied, and residual blocks with their branches replaced likewise. The factors are brought to their manifold in
+    float64, composed, scaled down by some 1e-7, and stored in the dtype of the original such that the bound of the
+    stored numbers is at most 1: of the norm, of each row's norm for `UnitNormLinear`, of the Frobenius norm for
+    `FrobeniusLinear`.
 
     Args:
         module: a layer or a network.
@@ -126,18 +133,23 @@ def _plain(layer: nn.Module) -> nn.Module:
             dtype=linear.weight.dtype,
         )
         return dense
-    layer = cast(OrthoConv2d, layer)
+    layer = cast(OrthoKernel, layer)
+    added = {"output_padding": layer.output_padding} if isinstance(layer, OrthoConvTranspose2d) else {}
+    kind = next(plain for orthogonal, plain in _CONVOLUTIONS.items() if isinstance(layer, orthogonal))
     convolution: nn.Module = nn.utils.skip_init(
-        nn.Conv2d,
+        kind,
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
         stride=layer.stride,
         padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
         padding_mode=layer.padding_mode,
         bias=layer.bias is not None,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
+        **added,
     )
     return convolution
 
@@ -154,9 +166,8 @@ def _exported(layer: nn.Module) -> nn.Module:
         stored = torch.stack([_proven(row, norm_up, dtype) for row in weight])
     elif isinstance(layer, FrobeniusLinear):
         stored = _proven(weight, norm_up, dtype)
-    elif isinstance(layer, OrthoConv2d):
-        pair = (layer.stride, layer.stride)
-        stored = _proven(weight, lambda kernel: convolution_bound(kernel, stride=pair), dtype)
+    elif isinstance(layer, OrthoKernel):
+        stored = _proven(weight, partial(orthogonal_bound, layer), dtype)
     else:
         stored = _proven(weight, matrix_bound, dtype)
     filled = {"weight": stored} if layer.bias is None else {"weight": stored, "bias": cast(Tensor, layer.bias)}

@@ -4,9 +4,7 @@ A rule tells the Lipschitz constant of the layer in exact arithmetic, and what e
 A layer without a rule raises: it never counts as 1.
 """
 
-import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -14,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from otnn.errors import InputError
-from otnn.lipschitz.convolution import convolution_bound
-from otnn.lipschitz.matrix import gram_bound, matrix_bound, scaled
+from otnn.lipschitz.matrix import matrix_bound
 from otnn.lipschitz.rounding import UNDERFLOW, add_up, gamma, mul_up, norm_up, sqrt_up
-from otnn.nn import Centering, MaxMin, OrthoConv2d
+from otnn.nn import Centering, MaxMin
 
 Shape = tuple[int, ...]
 # What a subclass may override without computing something else.
@@ -30,8 +27,6 @@ _HARMLESS |= {
     "call_super_init",
     "dump_patches",
 }
-# A convolution between so few numbers is bounded as the dense matrix that it is, where that is tighter.
-_DENSE = 2048
 
 
 @dataclass(frozen=True)
@@ -130,37 +125,9 @@ def _(layer: nn.Linear, shape: Shape | None, output: Shape | None) -> LayerBound
     rounding = None
     if output is not None:
         rows = math.prod(output[:-1])
-        weight, offset = norm_up(layer.weight.detach().double()), mul_up(sqrt_up(rows), _norm(layer.bias))
+        weight, offset = norm_up(layer.weight.detach().double()), mul_up(sqrt_up(rows), bias_norm(layer.bias))
         rounding = Rounding(layer.in_features + 1, weight, offset, rows * layer.out_features)
     return LayerBound(matrix_bound(layer.weight), rounding)
-
-
-@layer_bound.register
-def _(layer: OrthoConv2d, shape: Shape | None, output: Shape | None) -> LayerBound:
-    pair = (layer.stride, layer.stride)
-    # the kernel as composed in the dtype of its factors, and in float64: they differ by rounding;
-    # the layer itself refuses circular padding under which it would not be orthogonal
-    kernels = {layer.weight.dtype: layer.weight, torch.float64: copy.deepcopy(layer).double().weight}
-    constant = max(convolution_bound(kernel, stride=pair) for kernel in kernels.values())
-    return LayerBound(constant, _convolution_rounding(layer.weight, layer.bias, pair, (1, 1), output))
-
-
-@layer_bound.register(nn.Conv1d)
-@layer_bound.register(nn.Conv2d)
-def _(layer: nn.Conv1d | nn.Conv2d, shape: Shape | None, output: Shape | None) -> LayerBound:
-    if shape is not None and len(shape) != layer.weight.ndim - 1:
-        raise InputError(f"expected images of {layer.weight.ndim - 1} dimensions, channels first, got shape {shape}")
-    kernel = _two_dimensional(layer.weight)
-    stride, dilation = _pair(layer.stride, 1), _pair(layer.dilation, 1)
-    size = None if shape is None else _pair(shape[1:], 1)
-    taps, copies = kernel.shape[2:], 1.0
-    if layer.padding_mode == "zeros":
-        constant = convolution_bound(kernel, stride=stride, dilation=dilation, groups=layer.groups, size=size)
-        constant = min(constant, _dense_bound(layer, shape, output, constant))
-    else:
-        copies, stride = _padding_norm(layer, size, taps, stride, dilation), _safe_stride(layer, size, stride)
-        constant = mul_up(copies, convolution_bound(kernel, stride=stride, dilation=dilation, groups=layer.groups))
-    return LayerBound(constant, _convolution_rounding(kernel, layer.bias, stride, dilation, output, copies))
 
 
 @layer_bound.register
@@ -191,112 +158,11 @@ def _(layer: nn.Module, shape: Shape | None, output: Shape | None) -> LayerBound
     return LayerBound(1.0, EXACT)
 
 
-def _norm(bias: Tensor | None) -> float:
+def bias_norm(bias: Tensor | None) -> float:
+    """Bound the norm of a bias; 0 without one."""
     return 0.0 if bias is None else norm_up(bias.detach().double())
-
-
-def _pair(values: Sequence[int], fill: int) -> tuple[int, int]:
-    """Two numbers, height first: those of a one-dimensional layer belong to the width."""
-    return (fill, int(values[0])) if len(values) == 1 else (int(values[0]), int(values[1]))
-
-
-def _two_dimensional(kernel: Tensor) -> Tensor:
-    return kernel.unsqueeze(2) if kernel.ndim == 3 else kernel
 
 
 def hits(taps: int, stride: int, dilation: int) -> int:
     """How many windows hold one pixel at most, along one dimension."""
     return -(-taps // (stride // math.gcd(stride, dilation)))
-
-
-def _convolution_rounding(
-    kernel: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    output: Shape | None,
-    copies: float = 1.0,
-) -> Rounding | None:
-    """Each output is a sum over a window, each pixel is in so many windows, and padding may have copied it."""
-    if output is None:
-        return None
-    windows = math.prod(hits(t, s, d) for t, s, d in zip(kernel.shape[2:], stride, dilation, strict=True))
-    weight = mul_up(copies, sqrt_up(windows), norm_up(kernel.detach().double()))
-    offset = mul_up(sqrt_up(math.prod(output[1:])), _norm(bias))
-    return Rounding(kernel[0].numel() + 1, weight, offset, math.prod(output))
-
-
-@torch.inference_mode(False)
-def _dense_bound(layer: nn.Conv1d | nn.Conv2d, shape: Shape | None, output: Shape | None, constant: float) -> float:
-    """The bound of a convolution on small images as the matrix that it is, borders and all; infinite where too large.
-
-    The Gram matrix of the smaller side is found by applying the layer and its adjoint to a basis.
-    """
-    if shape is None or output is None or min(math.prod(shape), math.prod(output)) > _DENSE or abs(constant - 1) < 1e-4:
-        return math.inf
-    kernel, scale = scaled(layer.weight)
-    if scale == 0:
-        return 0.0
-    function = nn.functional.conv1d if len(shape) == 2 else nn.functional.conv2d
-
-    def convolve(images: Tensor) -> Tensor:
-        return function(images, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    def adjoint(outputs: Tensor, images: Tensor) -> Tensor:
-        with torch.enable_grad():
-            images = images.requires_grad_()
-            return torch.autograd.grad(convolve(images), images, outputs)[0]
-
-    inputs = torch.zeros(min(math.prod(shape), math.prod(output)), *shape, dtype=torch.float64)
-    basis = torch.eye(len(inputs), dtype=torch.float64)
-    if math.prod(shape) <= math.prod(output):
-        gram = adjoint(convolve(basis.view_as(inputs)), inputs).flatten(1)
-    else:
-        gram = convolve(adjoint(basis.view(-1, *output), inputs)).flatten(1)
-    # applied to a basis, the first map only picks weights; the second sums products, of each weight at most once
-    weights = norm_up(kernel)
-    error = mul_up(gamma(kernel.numel() + 2), float(math.prod(output[1:])), weights, weights)
-    return mul_up(scale, gram_bound(gram, error))
-
-
-def _padding_norm(
-    layer: nn.Conv1d | nn.Conv2d, size: tuple[int, int] | None, taps: Sequence[int], stride: Shape, dilation: Shape
-) -> float:
-    """The norm of a padding that repeats pixels: the square root of how often one is repeated.
-
-    Circular padding is left out of the count as far as no output sees the torus twice: there the convolution is the one
-    on the torus, whose norm the frequencies bound.
-    """
-    before_after = layer._reversed_padding_repeated_twice[::-1]  # (..., after, before), height first
-    pads = [tuple(before_after[2 * dim : 2 * dim + 2]) for dim in range(len(before_after) // 2)]
-    if len(pads) == 1:
-        pads = [(0, 0), *pads]
-    norm = 1.0
-    for dim, (after, before) in enumerate(pads):
-        if before == after == 0:
-            continue
-        count = None if size is None else size[dim]
-        if layer.padding_mode == "circular":
-            reach = dilation[dim] * (taps[dim] - 1)
-            if before + after <= reach:
-                continue  # no more outputs than pixels, at any size
-            if count is None:
-                raise needs_shape(layer)
-            outputs = (count + before + after - reach - 1) // stride[dim] + 1
-            norm = mul_up(norm, sqrt_up(-(-outputs * stride[dim] // count)))
-            continue
-        if count is None:
-            raise needs_shape(layer)
-        line = torch.arange(count, dtype=torch.float64).view(1, 1, -1)
-        copies = nn.functional.pad(line, (before, after), mode=layer.padding_mode).flatten().long().bincount()
-        norm = mul_up(norm, sqrt_up(float(copies.max())))
-    return norm
-
-
-def _safe_stride(layer: nn.Conv1d | nn.Conv2d, size: tuple[int, int] | None, stride: Shape) -> tuple[int, int]:
-    """The stride that the bound may count on: on a torus whose size it does not divide, outputs come closer."""
-    if layer.padding_mode != "circular":
-        return (stride[0], stride[1])
-    if size is None:
-        return (1, 1)
-    return (stride[0] if size[0] % stride[0] == 0 else 1, stride[1] if size[1] % stride[1] == 0 else 1)

@@ -1,28 +1,84 @@
 """Orthogonal convolutions of any odd or even kernel size and stride."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from otnn.errors import InputError
-from otnn.manifold import Manifold, Stiefel
+from otnn.nn.kernel import OrthoKernel
 
 
-class OrthoConv2d(nn.Module):
+class _OrthoConv(OrthoKernel):
+    """The constructor and the forward pass of both dimensions."""
+
+    _convolve: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: str = "orthogonal",
+    ) -> None:
+        if padding_mode not in ("zeros", "circular"):
+            raise InputError(
+                f'padding_mode: expected "zeros" or "circular", got {padding_mode!r}: reflect and replicate padding '
+                "count border pixels twice, so their norm exceeds 1"
+            )
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
+            *(device, dtype, init),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the convolution of a batch.
+
+        Raises:
+            InputError: circular padding whose outputs would see a wrapped pixel twice.
+        """
+        weight, padding = self.weight, self.padding
+        if self.padding_mode == "circular":
+            self._check_circular(inputs)
+            if padding:
+                inputs = F.pad(inputs, (padding,) * (2 * self.dims), mode="circular")
+            padding = 0
+        return self._convolve(inputs, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _check_circular(self, inputs: Tensor) -> None:
+        reach = self.dilation * (self.kernel_size - 1)
+        for size in inputs.shape[-self.dims :]:
+            outputs = (size + 2 * self.padding - reach - 1) // self.stride + 1
+            if outputs * self.stride > size or (self.stride > 1 and size % self.stride):
+                raise InputError(
+                    f"circular padding {self.padding} with kernel {self.kernel_size} and stride {self.stride} on "
+                    f"{size} pixels would count wrapped pixels twice; expected a size divisible by the stride and "
+                    f"padding <= {reach // 2}"
+                )
+            if reach >= size:
+                raise InputError(f"circular padding expects images of at least {reach + 1} pixels, got {size}")
+
+
+class OrthoConv2d(_OrthoConv):
     """Drop-in for `torch.nn.Conv2d` that is orthogonal as an operator on images, not as a reshaped matrix.
 
-    The kernel of size k and stride s is composed from three exactly orthogonal maps whose factors live on the Stiefel
-    manifold (BCOP, Li et al. 2019; with stride, AOC, Boissin et al. 2025):
-
-    1. `expand`, a 1x1 isometry from in_channels to c = max(in_channels, out_channels // s^2), absent
-       if c = in_channels;
-    2. 2 (k - s) two-tap filters [P, I - P], alternately along width and height, with orthogonal projectors
-       P = U U^T of rank c // 2 from `projectors` (absent if k = s or c = 1): each is orthogonal at every frequency;
-    3. `mix`, a semi-orthogonal matrix from c s^2 channels of an s x s block to out_channels, absent if s = 1 and
-       `expand` is there (one would absorb the other).
-
+    The kernel is composed from exactly orthogonal factors, separately in each group (see `otnn.nn.kernel.OrthoKernel`).
     On the circular operator every singular value is 1. With zero padding the layer is a compression of the circular
     one: the norm stays at most 1, and the singular values that fall below 1 belong to the border.
+
+    A group of one channel on each side admits only shifts of the image (a filter of one channel with a response of
+    modulus 1 at every frequency has a single tap), so a depthwise layer wants several outputs for each input, or a
+    stride.
 
     Shapes: (batch, in_channels, height, width) to (batch, out_channels, height', width') as in torch.
 
@@ -32,8 +88,15 @@ class OrthoConv2d(nn.Module):
         kernel_size: k >= stride; a pair must be square.
         stride: s >= 1; likewise.
         padding: pixels on each side; likewise.
+        dilation: distance of the taps, without a common factor with the stride; likewise.
+        groups: divides both numbers of channels.
         bias: learn a bias.
         padding_mode: "zeros", or "circular" where no output pixel may see a wrapped pixel twice.
+        init: "orthogonal" draws the factors uniformly. "identity" gives each output channel c the input channel c, as
+            far as there are as many: with stride 1, odd k and padding d (k - 1) / 2 the layer starts as the identity,
+            cut or filled with zeros. With stride s and padding (k - 1) // 2 the outputs are first the pixels (i s, j s)
+            of all channels, then their neighbours. Where k - s is odd, the channels 0, 2, ... read one tap further than
+            the others.
 
     Raises:
         InputError: a shape that admits no such operator, or a padding that amplifies.
@@ -43,128 +106,41 @@ class OrthoConv2d(nn.Module):
         >>> x = torch.randn(2, 4, 6, 6)
         >>> bool(torch.allclose(layer(x).norm(), x.norm(), rtol=1e-5))  # 4 -> 8 channels: an isometry
         True
+        >>> same = OrthoConv2d(4, 4, 3, padding=1, init="identity")
+        >>> bool(torch.allclose(same(x), x, atol=1e-5))
+        True
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        kernel_size = _square("kernel_size", kernel_size)
-        stride = _square("stride", stride)
-        padding = _square("padding", padding)
-        if min(in_channels, out_channels, kernel_size, stride) < 1 or padding < 0:
-            raise InputError(
-                "expected in_channels, out_channels, kernel_size, stride >= 1 and padding >= 0, got "
-                f"{in_channels}, {out_channels}, {kernel_size}, {stride} and {padding}"
-            )
-        if kernel_size < stride:
-            raise InputError(
-                f"expected kernel_size >= stride, got {kernel_size} < {stride}: a smaller kernel skips pixels and "
-                "cannot be orthogonal"
-            )
-        if padding_mode not in ("zeros", "circular"):
-            raise InputError(
-                f'padding_mode: expected "zeros" or "circular", got {padding_mode!r}: reflect and replicate padding '
-                "count border pixels twice, so their norm exceeds 1"
-            )
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
-        self.padding_mode = padding_mode
-        inner = max(in_channels, out_channels // stride**2)
-
-        def matrix(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
-        taps = 2 * (kernel_size - stride)
-        self.projectors = matrix(taps, inner, inner // 2) if taps and inner > 1 else None
-        self.expand = matrix(inner, in_channels) if inner > in_channels else None
-        absorbed = stride == 1 and inner > in_channels
-        self.mix = None if absorbed else matrix(out_channels, inner * stride**2)
-        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
-        self.manifolds: dict[str, Manifold] = {
-            name: Stiefel() for name in ("projectors", "expand", "mix") if getattr(self, name) is not None
-        }
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw every factor from the uniform law and set the bias to 0."""
-        for name, manifold in self.manifolds.items():
-            parameter = self.get_parameter(name)
-            parameter.copy_(manifold.sample(*parameter.shape, dtype=parameter.dtype))
-        if self.bias is not None:
-            self.bias.zero_()
-
-    @property
-    def weight(self) -> Tensor:
-        """The kernel (out_channels, in_channels, kernel_size, kernel_size), composed from its factors."""
-        s = self.stride
-        if self.mix is not None:
-            kernel = self.mix.view(self.out_channels, -1, s, s).permute(2, 3, 0, 1)
-        else:
-            expand = self.get_parameter("expand")
-            kernel = torch.eye(self.out_channels, device=expand.device, dtype=expand.dtype)[None, None]
-        frames: Tensor | None = self.projectors
-        if frames is None:  # one channel: projectors of rank 0, that is mere shifts
-            frames = kernel.new_empty(2 * (self.kernel_size - s), kernel.shape[3], 0)
-        # kernel: (height, width, out_channels, inner), multiplied from the right by one two-tap filter at a time
-        for index, frame in enumerate(frames):
-            # padding is given from the last dimension: two of channels, then the width, then the height
-            skipped = [0, 0, 0, 0] if index % 2 == 0 else [0, 0, 0, 0, 0, 0]
-            here, there = F.pad(kernel, [*skipped, 0, 1]), F.pad(kernel, [*skipped, 1, 0])
-            if index // 2 % 2:  # ranks alternate between floor and ceil, so that the kernel stays centred
-                here, there = there, here
-            kernel = here + ((there - here) @ frame) @ frame.mT
-        if self.expand is not None:
-            kernel = kernel @ self.expand
-        return kernel.permute(2, 3, 0, 1)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the convolution of a batch of images.
-
-        Raises:
-            InputError: circular padding whose outputs would see a wrapped pixel twice.
-        """
-        weight = self.weight
-        if self.padding_mode == "circular":
-            self._check_circular(inputs)
-            if self.padding:
-                inputs = F.pad(inputs, (self.padding,) * 4, mode="circular")
-            return F.conv2d(inputs, weight, self.bias, self.stride)
-        return F.conv2d(inputs, weight, self.bias, self.stride, self.padding)
-
-    def _check_circular(self, inputs: Tensor) -> None:
-        for size in inputs.shape[-2:]:
-            outputs = (size + 2 * self.padding - self.kernel_size) // self.stride + 1
-            if outputs * self.stride > size or (self.stride > 1 and size % self.stride):
-                raise InputError(
-                    f"circular padding {self.padding} with kernel {self.kernel_size} and stride {self.stride} on "
-                    f"{size} pixels would count wrapped pixels twice; expected a size divisible by the stride and "
-                    f"padding <= {(self.kernel_size - 1) // 2}"
-                )
-            if self.kernel_size > size:
-                raise InputError(f"circular padding expects images of at least {self.kernel_size} pixels, got {size}")
-
-    def extra_repr(self) -> str:
-        """Tell the sizes in torch's order."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, padding_mode={self.padding_mode}, bias={self.bias is not None}"
-        )
+    dims = 2
+    _convolve = staticmethod(F.conv2d)
 
 
-def _square(name: str, size: int | tuple[int, int]) -> int:
-    """One number for both directions, as torch's pairs may give it."""
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sizes) != 2 or sizes[0] != sizes[1]:
-        raise InputError(f"{name}: expected one size for both directions, got {size}")
-    return sizes[0]
+class OrthoConv1d(_OrthoConv):
+    """Drop-in for `torch.nn.Conv1d` that is orthogonal as an operator on signals; otherwise as `OrthoConv2d`.
+
+    Shapes: (batch, in_channels, length) to (batch, out_channels, length') as in torch.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: k >= stride.
+        stride: s >= 1.
+        padding: numbers on each side.
+        dilation: distance of the taps, without a common factor with the stride.
+        groups: divides both numbers of channels.
+        bias: learn a bias.
+        padding_mode: "zeros", or "circular" where no output may see a wrapped number twice.
+        init: "orthogonal" or "identity", as of `OrthoConv2d`.
+
+    Raises:
+        InputError: a shape that admits no such operator, or a padding that amplifies.
+
+    Example:
+        >>> layer = OrthoConv1d(2, 6, 5, stride=3, padding=1, padding_mode="circular")
+        >>> x = torch.randn(4, 2, 12)
+        >>> bool(torch.allclose(layer(x).norm(), x.norm(), rtol=1e-5))  # 2 x 12 to 6 x 4 numbers
+        True
+    """
+
+    dims = 1
+    _convolve = staticmethod(F.conv1d)

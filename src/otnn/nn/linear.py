@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from otnn.errors import InputError
 from otnn.manifold import Frobenius, Manifold, Stiefel, UnitRows
+from otnn.nn.init import checked_init
 
 
 class _ManifoldLinear(nn.Linear):
@@ -41,16 +42,44 @@ class OrthoLinear(_ManifoldLinear):
 
     Shapes: (batch, in_features) to (batch, out_features).
 
+    Args:
+        in_features: of the input.
+        out_features: of the output.
+        bias: learn a bias.
+        init: "orthogonal" draws the weight uniformly; "identity" starts as the identity, cut or filled with zeros.
+
     Raises:
-        InputError: a side without features.
+        InputError: a side without features, or an unknown initialisation.
 
     Example:
         >>> layer = OrthoLinear(8, 3)
         >>> bool(torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-6))
         True
+        >>> OrthoLinear(3, 2, init="identity")(torch.tensor([[5.0, 6.0, 7.0]])).tolist()
+        [[5.0, 6.0]]
     """
 
     manifold = Stiefel()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: str = "orthogonal",
+    ) -> None:
+        self.init = checked_init(init)
+        super().__init__(in_features, out_features, bias, device, dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight uniformly, or start as the identity (`init`); set the bias to 0."""
+        super().reset_parameters()
+        if self.init == "identity":
+            nn.init.eye_(self.weight)
 
 
 class UnitNormLinear(_ManifoldLinear):

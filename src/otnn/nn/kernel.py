@@ -1,0 +1,204 @@
+"""The kernel that all orthogonal convolutions share: its shape, its factors on the Stiefel manifold, their product."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from otnn.errors import InputError
+from otnn.manifold import Manifold, Stiefel
+from otnn.nn.init import checked_init
+
+
+class OrthoKernel(nn.Module):
+    """Settings and factors of an orthogonal convolution in one or two dimensions, or of its adjoint.
+
+    The kernel of size k and stride s, from m to n channels in each group and in d dimensions, is composed from three
+    exactly orthogonal maps whose factors live on the Stiefel manifold (BCOP, Li et al. 2019; with stride, AOC, Boissin
+    et al. 2025):
+
+    1. `expand`, a pointwise isometry from m to c = max(m, n // s^d) channels, absent if c = m;
+    2. d (k - s) two-tap filters [P, I - P], alternately along width and height, with orthogonal projectors
+       P = U U^T of rank c // 2 from `projectors` (absent if k = s or c = 1): each is orthogonal at every frequency;
+    3. `mix`, a semi-orthogonal matrix from the c s^d channels of a block of s^d pixels to n channels, absent if s = 1
+       and `expand` is there (one would absorb the other).
+
+    Groups have factors of their own, along the first dimension of each parameter: the operator is block-diagonal. A
+    dilation spreads the taps; where it shares no factor with the stride, the operator falls into separate copies of the
+    undilated one on interleaved pixels, and so keeps its singular values.
+    """
+
+    dims = 2
+    transposed = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int],
+        dilation: int | Sequence[int],
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        init: str,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = self._one_size("kernel_size", kernel_size)
+        self.stride = self._one_size("stride", stride)
+        self.padding = self._one_size("padding", padding)
+        self.dilation = self._one_size("dilation", dilation)
+        self.padding_mode = padding_mode
+        self.init = checked_init(init)
+        self._check_shape()
+        fan_in, fan_out = in_channels // groups, out_channels // groups
+        if self.transposed:
+            fan_in, fan_out = fan_out, fan_in
+        block = self.stride**self.dims
+        self._inner = inner = max(fan_in, fan_out // block)
+        several = () if groups == 1 else (groups,)
+
+        def matrix(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        taps = self.dims * (self.kernel_size - self.stride)
+        # taps and groups share a dimension: torch's channels_last would reorder parameters of four
+        self.projectors = matrix(taps * groups, inner, inner // 2) if taps and inner > 1 else None
+        self.expand = matrix(*several, inner, fan_in) if inner > fan_in else None
+        absorbed = block == 1 and inner > fan_in
+        self.mix = None if absorbed else matrix(*several, fan_out, inner * block)
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        self.manifolds: dict[str, Manifold] = {
+            name: Stiefel() for name in ("projectors", "expand", "mix") if getattr(self, name) is not None
+        }
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every factor from the uniform law, or start as the identity (`init`); set the bias to 0."""
+        for name, manifold in self.manifolds.items():
+            parameter = self.get_parameter(name)
+            parameter.copy_(manifold.sample(*parameter.shape, dtype=parameter.dtype))
+        if self.init == "identity":
+            self._start_as_identity()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel, composed from its factors: (n groups, m, k) or (n groups, m, k, k).
+
+        That is torch's layout: for a transposed convolution n counts the channels of the input.
+        """
+        dims, stride = self.dims, self.stride
+        if self.mix is not None:
+            blocks = self.mix.unflatten(-1, (-1, *[stride] * dims))
+            kernel = blocks.permute(*range(-dims, 0), *range(blocks.ndim - dims))
+        else:
+            expand = self.get_parameter("expand")
+            eye = torch.eye(expand.shape[-2], device=expand.device, dtype=expand.dtype)
+            kernel = eye.expand(*[1] * dims, *expand.shape[:-1], -1)
+        frames: Tensor | None = self.projectors
+        if frames is None:  # one channel: projectors of rank 0, that is mere shifts
+            frames = kernel.new_empty(dims * (self.kernel_size - stride), kernel.shape[-1], 0)
+        elif self.groups > 1:
+            frames = frames.unflatten(0, (-1, self.groups))
+        # kernel: (*pixels, [groups,] n, c), multiplied from the right by one two-tap filter at a time
+        for index, frame in enumerate(frames):
+            # padding is given from the last dimension: the channels, and in every other step the width, are left out
+            skipped = [0, 0] * (kernel.ndim - dims + index % dims)
+            here, there = F.pad(kernel, [*skipped, 0, 1]), F.pad(kernel, [*skipped, 1, 0])
+            if index // dims % 2:  # ranks alternate between floor and ceil, so that the kernel stays centred
+                here, there = there, here
+            kernel = here + ((there - here) @ frame) @ frame.mT
+        if self.expand is not None:
+            kernel = kernel @ self.expand
+        weight: Tensor = kernel.permute(*range(dims, kernel.ndim), *range(dims))
+        return weight if self.groups == 1 else weight.flatten(0, 1)
+
+    def _start_as_identity(self) -> None:
+        """Make of the factors, just sampled, some whose product has one tap of 1 for each channel.
+
+        With H(z) = I - P + P z and H'(z) = P + (I - P) z of one projector, H H' = z I: such a pair is a shift by one
+        pixel, whatever P is. So P stays random, which breaks symmetry, and every weight has a gradient. Where
+        kernel_size - stride is odd, one filter a dimension is left without a partner: it moves the even channels.
+        """
+        stiefel, dims, stride, inner = Stiefel(), self.dims, self.stride, self._inner
+        groups = [self.groups] if self.groups > 1 else []
+        basis = torch.eye(inner).expand(*groups, inner, inner)
+        if self.expand is not None and self.mix is not None:
+            # between two factors any basis of the channels does; the usual one would leave weights without a gradient
+            basis = stiefel.sample(*groups, inner, inner)
+        if self.expand is not None:
+            self.expand.copy_(basis[..., : self.expand.shape[-1]])
+        if self.mix is not None:
+            # the middle pixel of the block comes first: of as many outputs as channels each takes its channel there
+            pixels = line = torch.eye(stride).roll((stride - 1) // 2, 1)
+            for _ in range(dims - 1):
+                pixels = torch.kron(pixels, line)
+            outputs = min(self.mix.shape[-2], len(pixels) * inner)
+            rows = torch.einsum("qp,...ce->...qecp", pixels, basis).reshape(*groups, len(pixels) * inner, -1)
+            self.mix.zero_()
+            self.mix[..., :outputs, :].copy_(rows[..., :outputs, :])
+        if self.projectors is not None:
+            frames = self.projectors.view(-1, self.groups, *self.projectors.shape[1:])
+            paired = len(frames) - len(frames) % (2 * dims)
+            pairs = frames[:paired].unflatten(0, (-1, 2 * dims))
+            pairs.copy_(pairs[:, :1].clone().expand_as(pairs))
+            rank = frames.shape[-1]
+            if paired < len(frames):
+                # a turned basis of the same plane, so that no column depends on channels that nobody sees
+                turn = stiefel.sample(*frames.shape[:-2], rank, rank)[paired:]
+                frames[paired:] = (basis[..., ::2][..., :rank] @ turn).to(frames)
+
+    def _check_shape(self) -> None:
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.dilation, self.groups)
+        if min(sizes) < 1 or self.padding < 0:
+            raise InputError(
+                "expected in_channels, out_channels, kernel_size, stride >= 1 and padding >= 0, and dilation, groups "
+                f">= 1, got {', '.join(map(str, sizes[:4]))} and {self.padding}, and {self.dilation}, {self.groups}"
+            )
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise InputError(
+                f"expected in_channels and out_channels divisible by groups, got {self.in_channels} and "
+                f"{self.out_channels} for {self.groups} groups; "
+                f"{math.gcd(self.in_channels, self.out_channels)} groups, or a divisor of that, would do"
+            )
+        if self.kernel_size < self.stride:
+            raise InputError(
+                f"expected kernel_size >= stride, got {self.kernel_size} < {self.stride}: a smaller kernel skips "
+                "pixels and cannot be orthogonal"
+            )
+        common = math.gcd(self.stride, self.dilation)
+        if common > 1:
+            raise InputError(
+                f"expected a dilation without a common factor with the stride, got {self.dilation} and {self.stride}: "
+                f"every window would read pixels that are multiples of {common} apart and skip the others; "
+                f"stride {self.stride} admits dilation 1 or {self.stride + 1}, and stride 1 any dilation"
+            )
+
+    def _one_size(self, name: str, size: int | Sequence[int]) -> int:
+        """One number for all directions, as torch's tuples may give it."""
+        sizes = tuple(size) if isinstance(size, Sequence) else (size,) * self.dims
+        if len(sizes) != self.dims or not all(isinstance(each, int) and each == sizes[0] for each in sizes):
+            expected = "one size for both directions" if self.dims == 2 else "one size"
+            raise InputError(f"{name}: expected {expected}, got {size}")
+        return sizes[0]
+
+    def extra_repr(self) -> str:
+        """Tell the sizes in torch's order; dilation, groups and init where they are not the usual ones."""
+        usual = {"dilation": 1, "groups": 1, "init": "orthogonal"}
+        others = [f"{name}={getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]]
+        return ", ".join(
+            [
+                f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}",
+                f"padding={self.padding}, padding_mode={self.padding_mode}, bias={self.bias is not None}",
+                *others,
+            ]
+        )
