@@ -1,10 +1,9 @@
 """The kernel that all orthogonal convolutions share: its shape, its factors on the Stiefel manifold, their product."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from otnn.errors import InputError
@@ -97,30 +96,27 @@ class OrthoKernel(nn.Module):
         That is torch's layout: for a transposed convolution n counts the channels of the input.
         """
         dims, stride = self.dims, self.stride
+        filters = range(dims * (self.kernel_size - stride))
         if self.mix is not None:
             blocks = self.mix.unflatten(-1, (-1, *[stride] * dims))
             kernel = blocks.permute(*range(-dims, 0), *range(blocks.ndim - dims))
+            kernel = _filtered(kernel, self._projections(kernel), filters, dims)
+            if self.expand is not None:
+                kernel = kernel @ self.expand
         else:
-            expand = self.get_parameter("expand")
-            eye = torch.eye(expand.shape[-2], device=expand.device, dtype=expand.dtype)
-            kernel = eye.expand(*[1] * dims, *expand.shape[:-1], -1)
-        frames: Tensor | None = self.projectors
-        if frames is None:  # one channel: projectors of rank 0, that is mere shifts
-            frames = kernel.new_empty(dims * (self.kernel_size - stride), kernel.shape[-1], 0)
-        elif self.groups > 1:
-            frames = frames.unflatten(0, (-1, self.groups))
-        # kernel: (*pixels, [groups,] n, c), multiplied from the right by one two-tap filter at a time
-        for index, frame in enumerate(frames):
-            # padding is given from the last dimension: the channels, and in every other step the width, are left out
-            skipped = [0, 0] * (kernel.ndim - dims + index % dims)
-            here, there = F.pad(kernel, [*skipped, 0, 1]), F.pad(kernel, [*skipped, 1, 0])
-            if index // dims % 2:  # ranks alternate between floor and ceil, so that the kernel stays centred
-                here, there = there, here
-            kernel = here + ((there - here) @ frame) @ frame.mT
-        if self.expand is not None:
-            kernel = kernel @ self.expand
+            # from the side that has fewer channels; projectors are symmetric, so that no filter is transposed
+            kernel = self.get_parameter("expand").mT[(None,) * dims]
+            kernel = _filtered(kernel, self._projections(kernel), reversed(filters), dims).mT
         weight: Tensor = kernel.permute(*range(dims, kernel.ndim), *range(dims))
         return weight if self.groups == 1 else weight.flatten(0, 1)
+
+    def _projections(self, kernel: Tensor) -> Tensor:
+        """The projector ([groups,] c, c) of each two-tap filter, of rank 0 (a mere shift) where there is one channel."""
+        if self.projectors is None:
+            count = self.dims * (self.kernel_size - self.stride)
+            return kernel.new_zeros(count, kernel.shape[-1], kernel.shape[-1])
+        projections = self.projectors @ self.projectors.mT
+        return projections if self.groups == 1 else projections.unflatten(0, (-1, self.groups))
 
     def _start_as_identity(self) -> None:
         """Make of the factors, just sampled, some whose product has one tap of 1 for each channel.
@@ -202,3 +198,24 @@ class OrthoKernel(nn.Module):
                 *others,
             ]
         )
+
+
+def _filtered(kernel: Tensor, projections: Tensor, order: Iterable[int], dims: int) -> Tensor:
+    """Multiply a kernel (*pixels, [groups,] n, c) from the right by one two-tap filter [P, I - P] after another.
+
+    They lie along the last dimension of the pixels first, then along the one before, and so on in turn; ranks alternate
+    between floor and ceil, so that the kernel stays centred.
+    """
+    taps = projections.unbind()
+    for index in order:
+        dim = dims - 1 - index % dims
+        there = kernel @ taps[index]
+        here = kernel - there
+        if index // dims % 2:
+            here, there = there, here
+        if kernel.shape[dim] == 1:
+            kernel = torch.cat([here, there], dim)
+        else:
+            edge = kernel.new_zeros(()).expand(here.narrow(dim, 0, 1).shape)
+            kernel = torch.cat([here, edge], dim) + torch.cat([edge, there], dim)
+    return kernel
