@@ -1,5 +1,7 @@
 """Orthogonal convolutions of any odd or even kernel size and stride."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,23 +112,20 @@ class OrthoConv2d(nn.Module):
         s = self.stride
         if self.mix is not None:
             kernel = self.mix.view(self.out_channels, -1, s, s).permute(2, 3, 0, 1)
-        else:
-            expand = self.get_parameter("expand")
-            kernel = torch.eye(self.out_channels, device=expand.device, dtype=expand.dtype)[None, None]
-        frames: Tensor | None = self.projectors
-        if frames is None:  # one channel: projectors of rank 0, that is mere shifts
-            frames = kernel.new_empty(2 * (self.kernel_size - s), kernel.shape[3], 0)
-        # kernel: (height, width, out_channels, inner), multiplied from the right by one two-tap filter at a time
-        for index, frame in enumerate(frames):
-            # padding is given from the last dimension: two of channels, then the width, then the height
-            skipped = [0, 0, 0, 0] if index % 2 == 0 else [0, 0, 0, 0, 0, 0]
-            here, there = F.pad(kernel, [*skipped, 0, 1]), F.pad(kernel, [*skipped, 1, 0])
-            if index // 2 % 2:  # ranks alternate between floor and ceil, so that the kernel stays centred
-                here, there = there, here
-            kernel = here + ((there - here) @ frame) @ frame.mT
-        if self.expand is not None:
-            kernel = kernel @ self.expand
-        return kernel.permute(2, 3, 0, 1)
+            kernel = _filtered(kernel, self._projections(kernel), range(2 * (self.kernel_size - s)))
+            if self.expand is not None:
+                kernel = kernel @ self.expand
+            return kernel.permute(2, 3, 0, 1)
+        # from the side of the input, which has fewer channels; projections are symmetric, so filters are not transposed
+        kernel = self.get_parameter("expand").mT[None, None]
+        kernel = _filtered(kernel, self._projections(kernel), reversed(range(2 * (self.kernel_size - s))))
+        return kernel.permute(3, 2, 0, 1)
+
+    def _projections(self, kernel: Tensor) -> Tensor:
+        """The projector (inner, inner) of each two-tap filter, of rank 0 (a mere shift) where there is one channel."""
+        if self.projectors is None:
+            return kernel.new_zeros(2 * (self.kernel_size - self.stride), kernel.shape[3], kernel.shape[3])
+        return self.projectors @ self.projectors.mT
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the convolution of a batch of images.
@@ -160,6 +159,27 @@ class OrthoConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, padding_mode={self.padding_mode}, bias={self.bias is not None}"
         )
+
+
+def _filtered(kernel: Tensor, projections: Tensor, order: Iterable[int]) -> Tensor:
+    """Multiply a kernel (height, width, ..., inner) from the right by one two-tap filter [P, I - P] after another.
+
+    They lie alternately along the width and the height, and ranks alternate between floor and ceil, so that the kernel
+    stays centred.
+    """
+    taps = projections.unbind()
+    for index in order:
+        dim = 1 - index % 2
+        there = kernel @ taps[index]
+        here = kernel - there
+        if index // 2 % 2:
+            here, there = there, here
+        if kernel.shape[dim] == 1:
+            kernel = torch.cat([here, there], dim)
+        else:
+            edge = kernel.new_zeros(()).expand(here.narrow(dim, 0, 1).shape)
+            kernel = torch.cat([here, edge], dim) + torch.cat([edge, there], dim)
+    return kernel
 
 
 def _square(name: str, size: int | tuple[int, int]) -> int:
