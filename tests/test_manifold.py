@@ -14,6 +14,7 @@ from otnn.manifold import (
     Stiefel,
     UnitInterval,
     UnitRows,
+    _series,
     constrained_parameters,
     keep_on_manifold,
     retract_parameters,
@@ -64,6 +65,19 @@ def test_series_and_exact_factor_agree_where_one_takes_over(excess: float) -> No
     tilted = point.clone()
     tilted[0] *= 0.9 / math.sqrt(1 + excess)  # unequal singular values
     assert (stiefel.retract(tilted) - polar(tilted)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("order", [2, 3, 5, 7])
+@pytest.mark.parametrize("reach", [1e-2, 0.1, 0.3, 0.6, 0.9])
+def test_terms_below_a_power_leave_less_than_that_power(order: int, reach: float) -> None:
+    # the retraction counts on it: of the Gram matrix I + E, p (I + E) p - I has eigenvalues within reach^order
+    basis, excess = polar(gaussian(7, 7)), torch.linspace(-reach, reach, 7, dtype=torch.float64)
+    matrix = basis * excess @ basis.mT
+    factor = torch.eye(7).double() + _series(matrix, None, order)
+    left = factor @ (torch.eye(7).double() + matrix) @ factor - torch.eye(7).double()
+    found = float(torch.linalg.matrix_norm(left, 2))
+    assert 0.3 * reach**order - 1e-14 < found < reach**order + 1e-14  # a term too few or too many leaves neither
+    assert torch.equal(_series(matrix, matrix @ matrix, order), _series(matrix, None, order))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 # The series converges where the Gram matrix is less than 1 from the identity in the spectral norm; beyond this bound of
 # that norm the exact polar factor is taken instead.
 _SERIES_REACH = 0.9
+# Coefficients of (1 + e)^(-1/2) = 1 + c_1 e + c_2 e^2 + ...
+_SERIES = [math.comb(2 * k, k) / (-4.0) ** k for k in range(7)]
 
 
 class Manifold(Protocol):
@@ -61,9 +62,9 @@ class Stiefel:
     def retract(self, point: Tensor) -> Tensor:
         """Return the polar factor of each matrix, to the accuracy of its dtype.
 
-        Near the manifold the third-order series G^(-1/2) = I - E/2 + 3/8 E^2 with E = G - I works in the small Gram
-        matrix G. It diverges far from the manifold, so a matrix whose E may exceed 0.9 takes the exact polar factor
-        from a float64 singular value decomposition.
+        Near the manifold the series G^(-1/2) = I - E/2 + 3/8 E^2 - ..., with E = G - I, works in the small Gram matrix
+        G. It goes as far as the distance asks, up to E^6, and is repeated if that is not enough. It diverges far from
+        the manifold, so a matrix whose E may exceed 0.9 takes the exact polar factor in float64.
 
         Args:
             point: (..., rows, columns), finite.
@@ -75,7 +76,7 @@ class Stiefel:
         if wide.shape[-2] == 0 or wide.numel() == 0:
             return point
         excess = _gram_excess(wide)
-        square = excess @ excess
+        square: Tensor | None = excess @ excess
         spread = torch.linalg.matrix_norm(square).sqrt()  # at least the spectral norm of E
         farthest = float(spread.max())
         if not farthest < _SERIES_REACH:  # also true for NaN
@@ -85,11 +86,12 @@ class Stiefel:
             return self.retract(wide if wide.shape == point.shape else wide.mT)
         floor = torch.finfo(point.dtype).eps * math.sqrt(wide.shape[-2])
         while farthest > floor:
-            wide = wide - (excess / 2 - 0.375 * square) @ wide
-            farthest = farthest**3  # third order: eigenvalues e of E become less than |e|^3
+            # terms below E^k take the eigenvalues e of E below |e|^k; where 7 are too few, 5 and then a new Gram matrix
+            order = next((k for k in (2, 3, 5, 7) if farthest**k <= floor), 5)
+            wide = wide + _series(excess, square, order) @ wide
+            farthest = farthest**order
             if farthest > floor:
-                excess = _gram_excess(wide)
-                square = excess @ excess
+                excess, square = _gram_excess(wide), None
         return wide if point.shape[-2] <= point.shape[-1] else wide.mT
 
     def distance(self, point: Tensor) -> Tensor:
@@ -284,6 +286,7 @@ class ManifoldHooks:
 
     def __init__(self, optimizer: Optimizer, modules: Iterable[nn.Module]) -> None:
         self._modules = tuple(modules)
+        self._named: dict[str, nn.Parameter] = {}
         self._last_good: dict[nn.Parameter, Tensor] = {}
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
@@ -294,11 +297,12 @@ class ManifoldHooks:
         """Leave the optimizer's steps alone from now on."""
         for handle in self._handles:
             handle.remove()
+        self._named.clear()
         self._last_good.clear()
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parameters = self._parameters()
+        self._named = parameters = self._parameters()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         # A closure computes the gradients within the step, and a fused step of GradScaler skips infinite ones itself.
         if closure is None and not hasattr(optimizer, "found_inf"):
@@ -314,7 +318,7 @@ class ManifoldHooks:
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         try:
-            if bad := _not_finite(self._parameters()):
+            if bad := _not_finite(self._named):
                 raise FloatingPointError(
                     f"{_listed(bad)} became NaN or infinite in the step, which was undone; lower the learning rate"
                 )
@@ -342,7 +346,9 @@ class ManifoldHooks:
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinite values."""
     values = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors.values()]
-    if math.isfinite(float(get_total_norm(values))):  # one pass; it may also overflow where all values are finite
+    norms = [torch.linalg.vector_norm(value) for value in values]
+    # one pass over each, and one answer to wait for; a norm may also overflow where all values are finite
+    if not norms or math.isfinite(float(torch.stack([norm.to(norms[0].device) for norm in norms]).sum())):
         return []
     return [name for name, value in zip(tensors, values, strict=True) if not torch.isfinite(value).all()]
 
@@ -357,6 +363,21 @@ def _gram_excess(wide: Tensor) -> Tensor:
     gram = wide @ wide.mT
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return gram
+
+
+def _series(excess: Tensor, square: Tensor | None, order: int) -> Tensor:
+    """The terms of (I + E)^(-1/2) - I below E^order, of order 2, 3, 5 or 7; `square` is E^2 if it is known.
+
+    With few products: c_1 E + c_2 E^2, and for more terms c_1 E + E^2 (c_2 + c_3 E + c_4 E^2), and so on.
+    """
+    if order == 2:
+        return excess * _SERIES[1]
+    square = excess @ excess if square is None else square
+    total = torch.add(_SERIES[order - 2] * excess, square, alpha=_SERIES[order - 1])
+    for k in range(order - 3, 0, -2):
+        total.diagonal(dim1=-2, dim2=-1).add_(_SERIES[k])
+        total = torch.add(square @ total, excess, alpha=_SERIES[k - 1])
+    return total
 
 
 def _polar(wide: Tensor) -> Tensor:
