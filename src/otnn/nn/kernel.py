@@ -111,7 +111,7 @@ class OrthoKernel(nn.Module):
         return weight if self.groups == 1 else weight.flatten(0, 1)
 
     def _projections(self, kernel: Tensor) -> Tensor:
-        """The projector ([groups,] c, c) of each two-tap filter, of rank 0 (a mere shift) where there is one channel."""
+        """The projector ([groups,] c, c) of each two-tap filter; of rank 0, a mere shift, where there is one channel."""
         if self.projectors is None:
             count = self.dims * (self.kernel_size - self.stride)
             return kernel.new_zeros(count, kernel.shape[-1], kernel.shape[-1])
