@@ -93,6 +93,8 @@ class RunFiles:
         partners: the arrays of audit.npz; empty likewise.
         compare: compare.json; None where no explanations were compared.
         compare_pictures: the bytes of its pictures by name; empty likewise.
+        attacks: attacks.json; None where nothing was attacked.
+        attack_picture: the bytes of its picture; empty likewise.
     """
 
     name: str
@@ -105,6 +107,8 @@ class RunFiles:
     partners: Arrays = field(default_factory=dict)
     compare: dict[str, Any] | None = None
     compare_pictures: dict[str, bytes] = field(default_factory=dict)
+    attacks: dict[str, Any] | None = None
+    attack_picture: bytes = b""
 
     @property
     def classes(self) -> list[str]:
@@ -138,7 +142,7 @@ def load_run(run: Path) -> RunFiles:
         )
     explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
     told = (results, certificates, explanations, _metrics(run), _config(run))
-    return RunFiles(run.resolve().name, *told, *_audit(run, results), *_compare(run))
+    return RunFiles(run.resolve().name, *told, *_audit(run, results), *_compare(run), *_attacks(run))
 
 
 def _results(run: Path) -> dict[str, Any]:
@@ -296,6 +300,21 @@ def _compare(run: Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
     if compare.get("format") != 1:
         raise InputError(f"{file}: expected format 1, got {compare.get('format')}; {mend}")
     return compare, {path.name: path.read_bytes() for path in pictures}
+
+
+def _attacks(run: Path) -> tuple[dict[str, Any] | None, bytes]:
+    """Read attacks.json and its picture, where the run was attacked."""
+    file, picture = run / "attacks.json", run / "attacks.png"
+    missing = [path for path in (file, picture) if not path.exists()]
+    if len(missing) == 2:
+        return None, b""
+    mend = f"make it with `otnn attack {run}`"
+    if missing:
+        raise InputError(f"{missing[0]}: no such file; {mend}")
+    attacks = read_json(file)
+    if attacks.get("format") != 1:
+        raise InputError(f"{file}: expected format 1, got {attacks.get('format')}; {mend}")
+    return attacks, picture.read_bytes()
 
 
 def _check_radii(file: Path, arrays: Arrays, command: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from otnn.report import words
+from otnn.report.attack import attack_section
 from otnn.report.audit import audit_section
 from otnn.report.charts import Chart, chart, headroom
 from otnn.report.compare import compare_section
@@ -83,6 +84,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "training": training_charts(files),
         "audit": audit_section(files),
         "compare": compare_section(files),
+        "attack": attack_section(files),
         "promises": promise_table(files.explanations),
         "settings": settings(files.config),
     }
