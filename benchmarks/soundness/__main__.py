@@ -7,6 +7,7 @@ import torch
 import typer
 
 from benchmarks import command
+from benchmarks.soundness.attacks import attacks_campaign
 from benchmarks.soundness.bounds import bounds_campaign
 from benchmarks.soundness.campaign import Campaign, run_campaign
 from benchmarks.soundness.rounding import rounding_campaign
@@ -52,6 +53,20 @@ def trained(
 ) -> None:
     """The bounds of an ordinary trained network against its true norms, and their times."""
     _run(trained_campaign(run or (), data_dir, seed), out, 1)
+
+
+@app.command()
+def attacks(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    images: Annotated[int, typer.Option(help="Of the gradient step and PGD; 0 takes all.", min=0)] = 0,
+    few: Annotated[int, typer.Option(help="Of the attacks that take hundreds of passes.", min=0)] = 500,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of local data sets (or OTNN_DATA_DIR).")] = None,
+    seed: Seed = 0,
+    out: Out = None,
+    workers: Workers = 1,
+) -> None:
+    """A search for adversarial points below the certified radii of trained networks."""
+    _run(attacks_campaign(runs, data_dir, seed, images, few), out, workers)
 
 
 def _run(campaign: Campaign, out: Path | None, workers: int) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from otnn.report import write_report
 from otnn.run import config
+from otnn.run.attack import attack_run
 from otnn.run.audit import audit_run
 from otnn.run.certify import certify_run
 from otnn.run.compare import compare_run
@@ -43,6 +44,7 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     audit_run(opened, samples=20)
     compare_run(opened, methods=["saliency"], metrics=["deletion"], samples=2)
     counterfactual_run(opened, samples=2)
+    attack_run(opened, samples=10, attacks=["step", "pgd"], steps=3)
     write_report(opened)
     export_run(opened, path / "otnn.onnx")
     return path

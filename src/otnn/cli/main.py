@@ -22,6 +22,7 @@ app = typer.Typer(
 for _command in (
     training.train,
     stages.certify,
+    stages.attack,
     stages.explain,
     stages.audit,
     stages.compare,

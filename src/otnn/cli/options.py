@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from otnn.errors import InputError
+
 if TYPE_CHECKING:
     from otnn.run.config import Config
 
@@ -86,6 +88,20 @@ def listed(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",")]
 
 
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """The numbers of a list with commas.
+
+    Raises:
+        InputError: one that is none.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option}: expected numbers with commas, such as 0.25,0.5, got {text!r}") from None
+
+
 def tell(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:
     """Print an answer: as JSON, or as its tables; under torchrun the first process speaks."""
     if os.environ.get("RANK", "0") != "0":
@@ -97,7 +113,7 @@ def tell(content: dict[str, Any], as_json: bool, *pretty: Any) -> None:
             _out.print(item)
 
 
-def say(message: str, as_json: bool) -> None:
+def say(message: str, as_json: bool, style: str = "") -> None:
     """Print a line beside the tables, where people read."""
     if not as_json and os.environ.get("RANK", "0") == "0":
-        _out.print(message, soft_wrap=True)
+        _out.print(message, soft_wrap=True, style=style)

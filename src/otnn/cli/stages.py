@@ -15,10 +15,12 @@ from otnn.cli.options import (
     RunFolder,
     SkipBroken,
     listed,
+    numbers,
     say,
     tell,
 )
 from otnn.cli.tables import (
+    attack_tables,
     audit_table,
     compare_tables,
     counterfactual_table,
@@ -130,6 +132,61 @@ def audit(
         say(sentence, as_json)
     say("slack. is the mean slackness, zero the share moved onto the zero level; all figures: docs/audit.md", as_json)
     say(f"pictures: {run / 'audit.png'}", as_json)
+
+
+def attack(
+    run: RunFolder,
+    samples: Annotated[int, typer.Option(help="Test images, drawn at random; 0 takes all.", min=0)] = 200,
+    attacks: Annotated[
+        str | None, typer.Option(help="Others than the quick ones that are installed, with commas; or: all.")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="l2 or linf.")] = "l2",
+    loss: Annotated[str, typer.Option(help="What is raised: margin or cross_entropy.")] = "margin",
+    box: Annotated[bool, typer.Option("--box", help="Keep the images in the range of pixels.")] = False,
+    radii: Annotated[str | None, typer.Option(help="Others than the usual ones, with commas.")] = None,
+    steps: Annotated[int, typer.Option(help="Of PGD.", min=1)] = 20,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Also the collapse with the other loss, and in or out of the box.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of images, attacks and noise.", min=0, max=2**63 - 1)] = 0,
+    data_dir: MovedData = None,
+    accept_edits: AcceptEdits = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Attack all networks beside what is certified, and check both: attacks.json and attacks.png."""
+    from otnn.run.attack import attack_run, available, check_settings, choose_attacks
+    from otnn.run.folder import open_run
+    from otnn.run.train import choose_device, dataset_of
+
+    names = available(norm) if attacks == "all" else listed(attacks)
+    grid = numbers(radii, "--radii")
+    check_settings(samples or None, norm, loss, steps, grid)
+    choose_attacks(names, norm)
+    place = choose_device(device)
+    opened = open_run(run, accept_edits=accept_edits)
+    content = attack_run(
+        opened,
+        dataset=dataset_of(opened, data_dir),
+        samples=samples or None,
+        seed=seed,
+        norm=norm,
+        loss=loss,
+        box=box,
+        attacks=names,
+        radii=grid,
+        steps=steps,
+        settings=settings,
+        device=place,
+    )
+    tell(content, as_json, *attack_tables(content))
+    for name, reason in content["skipped"].items():
+        say(f"not run: {name} {reason}", as_json)
+    for sentence in content["verdict"]:
+        say(sentence, as_json, style="bold red" if sentence.startswith("FAILED") else "")
+    say(f"pictures: {run / 'attacks.png'}", as_json)
+    if content["failed"]:
+        raise typer.Exit(1)
 
 
 def compare(

@@ -183,3 +183,91 @@ def counterfactual_table(content: dict[str, Any]) -> Table:
     for status in statuses:
         table.add_row(status, *(f"{network['statuses'].get(status, 0)}" for network in content["networks"].values()))
     return table
+
+
+def attack_tables(content: dict[str, Any]) -> list[Table]:
+    """Accuracy over radii of every network, the collapse, corruptions, and the checks: a failed one in red."""
+    tables = [*(_attacked_table(content, name) for name in content["networks"])]
+    tables += [*_collapse_tables(content), _corruptions_table(content)]
+    checks = Table("check", title="checks of certificates and attacks")
+    for name in content["networks"]:
+        checks.add_column(_title(name))
+    for check in dict.fromkeys(row["check"] for row in content["checks"]):
+        own = [row for row in content["checks"] if row["check"] == check]
+        checks.add_row(check, *(_check(row) for row in own))
+    return [*tables, checks]
+
+
+def _attacked_table(content: dict[str, Any], name: str) -> Table:
+    """Radii against the attacks on one network."""
+    from otnn.report import words
+
+    network = content["networks"][name]
+    norm = {"l2": "L2", "linf": "largest"}[content["norm"]]
+    where = f"{norm} norm, {'in the box [0, 1]' if content['box'] else 'no box'}, {content['samples']} images"
+    table = Table("radius", title=f"{_title(name)}: % right within a radius; {where}")
+    columns = {"certified": network["certified"]}
+    columns |= {words.attack(attack): told["accuracy"] for attack, told in network["attacks"].items()}
+    columns["best attack"] = network["best"]["accuracy"]
+    for column in columns:
+        bold = "bold" if column in ("certified", "best attack") else ""
+        table.add_column(column, justify="right", style=bold, min_width=5)
+    for radius, *shares in zip(content["radii"], *columns.values(), strict=True):
+        table.add_row(f"{radius:.4g}", *(f"{100 * share:.1f}" for share in shares))
+    return table
+
+
+def _title(name: str) -> str:
+    return "OTNN" if name == "otnn" else name
+
+
+def _check(row: dict[str, Any]) -> Text:
+    if row["passed"] is None:
+        return Text(row["detail"], style="dim")
+    text = Text("passed", style="green") if row["passed"] else Text("FAILED", style="bold red")
+    return text.append(f"\n{row['detail']}", style="not bold")
+
+
+def _collapse_tables(content: dict[str, Any]) -> list[Table]:
+    """Medians of cosine and ratio: of every network, then of the OTNN in the other settings."""
+    from otnn.report import words
+
+    columns = {
+        _title(name): {attack: told["collapse"] for attack, told in network["attacks"].items()}
+        for name, network in content["networks"].items()
+    }
+    for other in content["settings"]:
+        title = f"OTNN, {other['loss'].replace('_', '-')},{' box' if other['box'] else ' no box'}"
+        columns[f"{title}, {other['samples']} images"] = other["attacks"]
+    if not any(told for column in columns.values() for told in column.values()):
+        return []
+    table = Table("", title="collapse: median cosine with the gradient, over median distance / certified radius")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for attack in content["attacks"]:
+        table.add_row(words.attack(attack), *(_collapsed(column[attack]) for column in columns.values()))
+        table.add_section()
+    return [table]
+
+
+def _collapsed(told: dict[str, Any] | None) -> str:
+    if not told:
+        return "-"
+    medians = (None if told[key] is None else told[key]["quantiles"][1] for key in ("cosine", "ratio"))
+    return "\n".join("-" if median is None else f"{median:.4g}" for median in medians)
+
+
+def _corruptions_table(content: dict[str, Any]) -> Table:
+    """Accuracy under noise, blur, JPEG and brightness, beside the size of each change."""
+    radius = content["networks"]["otnn"]["mean_radius"]
+    table = Table("corruption", title=f"accuracy under corruptions, not certified; mean certified radius {radius:.3f}")
+    table.add_column("severity", justify="right")
+    table.add_column("mean L2 size", justify="right")
+    for name in content["networks"]:
+        table.add_column(_title(name), justify="right")
+    for row in content["corruptions"]["rows"]:
+        cells = (f"{row['accuracy'][name]:.1%}" for name in content["networks"])
+        table.add_row(
+            row["name"].replace("_", " "), f"{row['unit']} {row['severity']:g}", f"{row['mean_size']:.3f}", *cells
+        )
+    return table

@@ -15,7 +15,7 @@ from otnn.report.pictures import label, show_image
 
 # What is stronger than this share of all pixels has the colour of the end: a few peaks would leave all else white
 _SHOWN = 0.995
-_COLOURS = {"otnn": "#a84300", "unconstrained": "#0b4f8a", "adversarial": "#4d7c3a"}
+COLOURS = {"otnn": "#a84300", "unconstrained": "#0b4f8a", "adversarial": "#4d7c3a"}
 _MARKS = {"otnn": "o", "unconstrained": "s", "adversarial": "^"}
 
 
@@ -56,7 +56,7 @@ def maps_picture(
         axes.set_title(label(labels[row]) + ("\n" if row == 0 else ""), fontsize=10)
     for network, width, group in zip(networks, widths[1:], groups[1:], strict=True):
         name = "\n".join(textwrap.wrap(words.network(network), 14 * width))
-        group.suptitle(name, fontsize=13, color=_COLOURS[network])
+        group.suptitle(name, fontsize=13, color=COLOURS[network])
         grid = group.subplots(count, width, squeeze=False)
         own = [(method, maps) for (of, method, _), maps in zip(columns, scaled, strict=True) if of == network]
         for axes, (method, maps), row in ((grid[r][c], own[c], r) for r in range(count) for c in range(width)):
@@ -94,7 +94,7 @@ def pareto_picture(content: Mapping[str, Any]) -> bytes:
         axes.scatter(
             [point["forwards"] for point in own],
             [point["mean_rank"] for point in own],
-            color=_COLOURS[network],
+            color=COLOURS[network],
             marker=_MARKS[network],
             s=40,
             label=words.network(network),
@@ -114,7 +114,7 @@ def pareto_picture(content: Mapping[str, Any]) -> bytes:
             textcoords="offset points",
             ha="right" if right else "left",
             fontsize=8,
-            color=_COLOURS[network],
+            color=COLOURS[network],
         )
     front = sorted((point["forwards"], point["mean_rank"]) for point in points if point["front"])
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linewidth=1, zorder=1)

@@ -98,6 +98,8 @@ class RunFiles:
         compare_pictures: the bytes of its pictures by name; empty likewise.
         counterfactuals: counterfactuals.json; None where none were measured.
         counterfactual_picture: the bytes of its picture; empty likewise.
+        attacks: attacks.json; None where nothing was attacked.
+        attack_picture: the bytes of its picture; empty likewise.
     """
 
     name: str
@@ -112,6 +114,8 @@ class RunFiles:
     compare_pictures: dict[str, bytes] = field(default_factory=dict)
     counterfactuals: dict[str, Any] | None = None
     counterfactual_picture: bytes = b""
+    attacks: dict[str, Any] | None = None
+    attack_picture: bytes = b""
 
     @property
     def classes(self) -> list[str]:
@@ -145,7 +149,8 @@ def load_run(run: Path) -> RunFiles:
         )
     explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
     told = (results, certificates, explanations, _metrics(run), _config(run))
-    return RunFiles(run.resolve().name, *told, *_audit(run, results), *_compare(run), *_counterfactuals(run))
+    more = (*_audit(run, results), *_compare(run), *_counterfactuals(run), *_attacks(run))
+    return RunFiles(run.resolve().name, *told, *more)
 
 
 def _results(run: Path) -> dict[str, Any]:
@@ -323,6 +328,12 @@ def _with_pictures(
     if content.get("format") != 1:
         raise InputError(f"{files[0]}: expected format 1, got {content.get('format')}; {mend}")
     return content, {path.name: path.read_bytes() for path in files[1:]}
+
+
+def _attacks(run: Path) -> tuple[dict[str, Any] | None, bytes]:
+    """Read attacks.json and its picture, where the run was attacked."""
+    content, pictures = _with_pictures(run, "attacks.json", ("attacks.png",), "attack")
+    return content, pictures.get("attacks.png", b"")
 
 
 def _check_radii(file: Path, arrays: Arrays, command: str) -> None:

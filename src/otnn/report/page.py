@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from otnn.report import words
+from otnn.report.attack import attack_section
 from otnn.report.audit import audit_section
 from otnn.report.charts import Chart, chart, headroom
 from otnn.report.compare import compare_section
@@ -87,6 +88,7 @@ def context(files: RunFiles) -> dict[str, Any]:
         "compare": compare_section(files),
         "box": bool(files.explanations["box"]),
         "iterations": int(files.explanations["iterations"]),
+        "attack": attack_section(files),
         "promises": promise_table(files.explanations),
         "settings": settings(files.config),
     }

@@ -4,6 +4,18 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
+_ATTACKS = {
+    "step": "gradient step",
+    "pgd": "PGD",
+    "minimal": "minimal norm",
+    "carlini_wagner": "C&W",
+    "deepfool": "DeepFool",
+    "ddn": "DDN",
+    "fmn": "FMN",
+    "fab": "FAB",
+    "apgd": "APGD",
+    "square": "Square",
+}
 _NETWORKS = {
     "otnn": "Optimal-transport network",
     "unconstrained": "Ordinary network",
@@ -127,6 +139,11 @@ def method(name: str) -> str:
 def network(name: str) -> str:
     """A network in plain words."""
     return _NETWORKS.get(name, name)
+
+
+def attack(name: str) -> str:
+    """An attack as its authors write it."""
+    return _ATTACKS.get(name, name)
 
 
 def interval(share: float, count: int) -> str:

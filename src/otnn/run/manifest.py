@@ -39,6 +39,8 @@ DERIVED = {
     "counterfactuals.json": "counterfactual",
     "counterfactuals.png": "counterfactual",
     "judge.safetensors": "counterfactual",
+    "attacks.json": "attack",
+    "attacks.png": "attack",
     "report.html": "report",
     "otnn.onnx": "export",
 }
