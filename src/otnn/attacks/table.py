@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from otnn.attacks.autoattack_attacks import apgd, fab, square
+from otnn.attacks.foolbox_attacks import carlini_wagner, ddn, deepfool, fmn
 from otnn.attacks.minimal import minimal_norm
 from otnn.attacks.objective import NORMS
 from otnn.attacks.pgd import pgd
@@ -38,4 +40,21 @@ OWN: Mapping[str, Attack] = {
     "pgd": Attack(pgd, False, NORMS, "otnn", True, "up to 42 forwards, 41 backwards"),
     "minimal": Attack(minimal_norm, True, NORMS, "otnn", False, "some 300 forwards, 50 backwards on ten classes"),
 }
-ATTACKS: Mapping[str, Attack] = {**OWN}
+# Those of foolbox and pyautoattack import their library when they are called
+RIVALS: Mapping[str, Attack] = {
+    "carlini_wagner": Attack(carlini_wagner, True, ("l2",), "foolbox", False, "1,800 forwards and backwards"),
+    "deepfool": Attack(
+        deepfool,
+        True,
+        NORMS,
+        "foolbox",
+        False,
+        "at most 50 forwards and backwards for each of 9 rivals",
+    ),
+    "ddn": Attack(ddn, True, ("l2",), "foolbox", True, "100 forwards and backwards"),
+    "fmn": Attack(fmn, True, NORMS, "foolbox", False, "100 forwards and backwards"),
+    "fab": Attack(fab, True, NORMS, "pyautoattack", False, "200 forwards, 100 backwards for each class"),
+    "apgd": Attack(apgd, False, NORMS, "pyautoattack", True, "101 forwards and backwards"),
+    "square": Attack(square, False, NORMS, "pyautoattack", True, "1,001 forwards"),
+}
+ATTACKS: Mapping[str, Attack] = {**OWN, **RIVALS}
