@@ -3,15 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from otnn.conversion import convert
     from otnn.lipschitz import export
     from otnn.transport import audit
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "audit", "export"]
+__all__ = ["__version__", "audit", "convert", "export"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `otnn.export` and `otnn.audit` when they are asked for: `otnn --version` need not wait for torch."""
+    """Import functions when they are asked for: `otnn --version` need not wait for torch."""
+    if name == "convert":
+        from otnn.conversion import convert
+
+        return convert
     if name == "export":
         from otnn.lipschitz import export
 

@@ -62,11 +62,11 @@ class Classifier(nn.Sequential):
         multilabel: every output is a label of its own, decided by its sign.
     """
 
-    body: nn.Sequential
+    body: nn.Module
     head: nn.Linear
 
     def __init__(
-        self, body: nn.Sequential, head: nn.Linear, input_shape: Sequence[int], *, multilabel: bool = False
+        self, body: nn.Module, head: nn.Linear, input_shape: Sequence[int], *, multilabel: bool = False
     ) -> None:
         super().__init__(OrderedDict(body=body, head=head))
         self.input_shape = tuple(input_shape)

@@ -98,6 +98,17 @@ def plain_structure(module: Module) -> Module:
     return _replaced(module, _plain).eval()
 
 
+def plain_kind(name: str) -> str:
+    """The name of the plain layer that a constrained layer of a given name becomes; other names stay.
+
+    Example:
+        >>> plain_kind("OrthoConv2d"), plain_kind("UnitNormLinear"), plain_kind("MaxMin")
+        ('Conv2d', 'Linear', 'MaxMin')
+    """
+    kinds = {kind.__name__: plain.__name__ for kind, plain in _CONVOLUTIONS.items()}
+    return {**kinds, **{kind.__name__: "Linear" for kind in _DENSE}}.get(name, name)
+
+
 def _replaced(module: Module, replace: Callable[[nn.Module], nn.Module]) -> Module:
     """Replace every constrained layer of a module in place; a layer that is used twice stays one."""
     done: dict[int, nn.Module] = {}

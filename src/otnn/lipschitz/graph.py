@@ -50,13 +50,15 @@ class _Proxy(fx.Proxy):
         return self._in_place(operator.itruediv, other)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Enter containers and the user's own modules, stop at layers that have a rule or belong to torch."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A symbol that records changes in place."""
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one step of the network."""
         return known_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -68,20 +70,20 @@ def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
     """
     if not isinstance(module, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(module).__name__}")
-    shape = _checked_shape(getattr(module, "input_shape", None) if input_shape is None else input_shape)
+    shape = checked_shape(getattr(module, "input_shape", None) if input_shape is None else input_shape)
     _check_values(module)
-    single = _Tracer().is_leaf_module(module, "") or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    single = Tracer().is_leaf_module(module, "") or isinstance(module, (nn.ModuleList, nn.ModuleDict))
     root = nn.Sequential(module) if single else module  # a single layer is a chain of one
     _check_entered(root)
     called, graph = root, _chain(root)
     if graph is None:  # a forward of its own may change what is stored: it is called on a copy
         called = copy.deepcopy(root)
-        graph = _symbolic(called)
+        graph = symbolic(called)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) > 1:
         raise InputError(f"{inputs[1].name}: expected a network of one input")
-    _check_in_place(graph)
-    shapes = _shapes(graph, shape)
+    check_in_place(graph)
+    shapes = sample_shapes(graph, shape)
     steps: list[Step] = []
     nodes: list[fx.Node] = []
     index: dict[fx.Node, int] = {}
@@ -114,7 +116,7 @@ def trace(module: nn.Module, input_shape: Sequence[int] | None = None) -> Trace:
 
 def _chain(root: nn.Module) -> fx.GraphModule | None:
     """The graph of a `Sequential` of layers, nested or not; None for a network with a forward of its own."""
-    tracer, graph = _Tracer(), fx.Graph()
+    tracer, graph = Tracer(), fx.Graph()
     last = graph.placeholder("inputs")
 
     def append(module: nn.Module, path: str) -> bool:
@@ -133,11 +135,15 @@ def _chain(root: nn.Module) -> fx.GraphModule | None:
     return fx.GraphModule(root, graph)
 
 
-def _symbolic(root: nn.Module) -> fx.GraphModule:
-    """Trace a network with a forward of its own. Meanwhile torch patches every module, so one thread at a time."""
+def symbolic(root: nn.Module, tracer: Tracer | None = None) -> fx.GraphModule:
+    """Trace a network with a forward of its own. Meanwhile torch patches every module, so one thread at a time.
+
+    Raises:
+        InputError: a forward that cannot be traced.
+    """
     with _TRACING:
         try:
-            return fx.GraphModule(root, _Tracer().trace(root))
+            return fx.GraphModule(root, (tracer or Tracer()).trace(root))
         except InputError:
             raise
         except Exception as error:  # whatever a foreign forward does with a symbolic input
@@ -166,14 +172,21 @@ def _check_values(module: nn.Module) -> None:
 def _check_entered(root: nn.Module) -> None:
     """Refuse hooks and replaced calls of modules that are entered: those of layers are found at the layer."""
     for name, child in root.named_modules():
-        replaced = "forward" in vars(child) or type(child).__call__ is not nn.Module.__call__
+        # a graph module calls what it was generated from, which is traced like any forward
+        own_call = type(child).__call__ is not nn.Module.__call__ and not isinstance(child, fx.GraphModule)
+        replaced = "forward" in vars(child) or own_call
         if known_kind(child) is None and (has_hooks(child) or replaced):
             raise InputError(
                 f"{name or type(child).__name__}: a forward hook or its own call may change what it computes; remove it"
             )
 
 
-def _checked_shape(shape: Any) -> Shape | None:
+def checked_shape(shape: Any) -> Shape | None:
+    """The shape of a sample, where one is given.
+
+    Raises:
+        InputError: no sizes of one sample.
+    """
     if shape is None:
         return None
     if not isinstance(shape, Sequence) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
@@ -197,17 +210,23 @@ def _check_faithful(root: nn.Module, graph: fx.GraphModule, shape: Shape | None)
         raise InputError(f"{type(root).__name__}: computes something else than its layers in turn; rewrite its forward")
 
 
-def _check_in_place(graph: fx.GraphModule) -> None:
+def check_in_place(graph: fx.GraphModule) -> None:
     """Refuse a step that overwrites numbers which a later step reads by another name: the graph knows their old values.
 
     Results of layers and functions that may only look at their input's memory count as other names of it.
+
+    Raises:
+        InputError: such a step.
     """
     nodes = list(graph.graph.nodes)
     order = {node: index for index, node in enumerate(nodes)}
     memory: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        name = str(node.target) if layer is not None else getattr(node.target, "__name__", str(node.target))
+        dashed = node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
         overwrites = bool(getattr(layer, "inplace", False) or node.kwargs.get("inplace") or node.target in IN_PLACE)
+        overwrites = overwrites or dashed
         source = next((argument for argument in node.all_input_nodes if argument.op != "get_attr"), None)
         shares = overwrites or isinstance(layer, _VIEWS) or function_of(node) in SAME
         memory[node] = memory[source] if shares and source is not None else node
@@ -217,7 +236,8 @@ def _check_in_place(graph: fx.GraphModule) -> None:
         readers = [user for other in earlier for user in other.users if order[user] > order[node] and not is_size(user)]
         if readers:
             mend = "set inplace=False" if node.target not in IN_PLACE else "write x = x + y instead of x += y"
-            name = str(node.target) if layer is not None else node.name
+            mend = f"write {name[:-1]} instead of {name}" if dashed else mend
+            name = name if layer is not None else node.name
             raise InputError(f"{name}: overwrites a value that {readers[0].name} reads later; {mend}")
 
 
@@ -231,8 +251,12 @@ def _check_unchanged(module: nn.Module, called: nn.Module) -> None:
             )
 
 
-def _shapes(graph: fx.GraphModule, shape: Shape | None) -> dict[fx.Node, Shape]:
-    """The shape of one sample at every node, by running a few samples of zeros."""
+def sample_shapes(graph: fx.GraphModule, shape: Shape | None) -> dict[fx.Node, Shape]:
+    """The shape of one sample at every node, by running a few samples of zeros.
+
+    Raises:
+        InputError: images of this shape cannot be taken, or a result mixes the samples of a batch.
+    """
     if shape is None:
         return {}
     parameter = next(graph.parameters(), torch.zeros(()))

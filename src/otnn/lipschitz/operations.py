@@ -59,15 +59,15 @@ def step_of(
     if target in SAME:
         if set(node.kwargs) - {"start_dim", "end_dim"}:
             raise InputError("expected no further arguments")
-        _check_batch(node, shapes)
+        check_batch(node, shapes)
         return Step(node.name, "same", sources)
-    if target in _SUMS:
+    if target in SUMS:
         return _sum_step(graph, node, index, shapes)
-    if target in _SCALES:
+    if target in SCALES:
         return _scale_step(graph, node, index, shapes)
-    if target in _NEARER:
+    if target in NEARER:
         return Step(node.name, "layer", sources, _UNCHANGED)
-    if target in _MEANS:
+    if target in MEANS:
         return Step(node.name, "layer", sources, _mean_bound(node, shapes))
     if target in (torch.cat, torch.concat):
         return _concatenate_step(node, index, shapes)
@@ -135,7 +135,7 @@ def _scale_step(graph: fx.GraphModule, node: fx.Node, index: dict[fx.Node, int],
     if len(node.args) != 2 or node.kwargs:
         raise InputError("expected a product of two factors without further arguments")
     first, second = node.args
-    divides = function_of(node) in _QUOTIENTS
+    divides = function_of(node) in QUOTIENTS
     if second in index and not divides:
         first, second = second, first
     if not isinstance(first, fx.Node) or first not in index or second in index:
@@ -234,8 +234,12 @@ def _is_batch_size(value: Any) -> bool:
     return whole and value.args[1:] == (0,)
 
 
-def _check_batch(node: fx.Node, shapes: dict[fx.Node, Shape]) -> None:
-    """Refuse a rearrangement that may mix samples."""
+def check_batch(node: fx.Node, shapes: dict[fx.Node, Shape]) -> None:
+    """Refuse a rearrangement that may mix samples.
+
+    Raises:
+        InputError: expected a first size that is that of the batch.
+    """
     name = getattr(node.target, "__name__", str(node.target))
     if name == "flatten":
         start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
@@ -253,7 +257,7 @@ def _check_batch(node: fx.Node, shapes: dict[fx.Node, Shape]) -> None:
 SAME: set[Any] = {torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.reshape}
 SAME |= {operator.neg, torch.neg, torch.Tensor.neg, torch.Tensor.contiguous}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-_SUMS: set[Any] = {
+SUMS: set[Any] = {
     operator.add,
     torch.add,
     torch.Tensor.add,
@@ -263,11 +267,11 @@ _SUMS: set[Any] = {
     operator.iadd,
     operator.isub,
 }
-_QUOTIENTS: set[Any] = {operator.truediv, torch.div, torch.Tensor.div, operator.itruediv}
-_SCALES: set[Any] = {operator.mul, torch.mul, torch.Tensor.mul, operator.imul} | _QUOTIENTS
+QUOTIENTS: set[Any] = {operator.truediv, torch.div, torch.Tensor.div, operator.itruediv}
+SCALES: set[Any] = {operator.mul, torch.mul, torch.Tensor.mul, operator.imul} | QUOTIENTS
 # Functions of one input that bring no two numbers further apart.
-_NEARER: set[Any] = {torch.abs, torch.Tensor.abs, operator.abs, torch.clamp, torch.Tensor.clamp}
-_MEANS: set[Any] = {torch.mean, torch.Tensor.mean}
+NEARER: set[Any] = {torch.abs, torch.Tensor.abs, operator.abs, torch.clamp, torch.Tensor.clamp}
+MEANS: set[Any] = {torch.mean, torch.Tensor.mean}
 
 
 def _max_pool(*arguments: Any, ceil_mode: bool = False, return_indices: bool = False, **settings: Any) -> nn.Module:
