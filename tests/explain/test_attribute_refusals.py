@@ -96,7 +96,7 @@ def test_images_of_another_shape_than_the_classifier_was_built_for() -> None:
 @pytest.mark.parametrize("architecture", ["dense", "conv", "resnet"])
 def test_relu_methods_refuse_an_otnn_and_take_its_twin(method: str, architecture: str) -> None:
     x = images(2, 1)
-    with pytest.raises(NotApplicableError, match=rf"{method} changes .* also computes MaxMin\(\)"):
+    with pytest.raises(NotApplicableError, match=rf"{method} changes .* also computes Sort\(\)"):
         attribute(build(architecture, (1, 8, 8), 3, widths=(8, 8)).eval(), x, 1, method)
     twin = build(architecture, (1, 8, 8), 3, widths=(8, 8), constrained=False).eval()
     maps = attribute(twin, x, 1, method, score="margin")
@@ -123,7 +123,7 @@ class Functional(nn.Module):
         (Functional(nn.GELU()), "also computes Gelu"),
         (Functional(nn.LeakyReLU()), "also computes LeakyRelu"),
         (Functional(lambda x: x.clamp(min=0)), "also computes Clamp"),
-        (Functional(MaxMin()), r"also computes MaxMin\(\)"),
+        (Functional(MaxMin()), r"also computes Sort\(\)"),
         (Functional(torch.tanh, relu=False), "also computes Tanh"),
         (Functional(torch.sigmoid, relu=False), "runs none"),
         (Functional(lambda x: x, relu=False), "runs none: the map would silently be the plain gradient"),

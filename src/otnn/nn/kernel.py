@@ -102,7 +102,7 @@ class OrthoKernel(nn.Module):
             kernel = blocks.permute(*range(-dims, 0), *range(blocks.ndim - dims))
             kernel = _filtered(kernel, self._projections(kernel), filters, dims)
             if self.expand is not None:
-                kernel = kernel @ self.expand
+                kernel = _product(kernel, self.expand)
         else:
             # from the side that has fewer channels; projectors are symmetric, so that no filter is transposed
             kernel = self.get_parameter("expand").mT[(None,) * dims]
@@ -209,7 +209,7 @@ def _filtered(kernel: Tensor, projections: Tensor, order: Iterable[int], dims: i
     taps = projections.unbind()
     for index in order:
         dim = dims - 1 - index % dims
-        there = kernel @ taps[index]
+        there = _product(kernel, taps[index])
         here = kernel - there
         if index // dims % 2:
             here, there = there, here
@@ -219,3 +219,10 @@ def _filtered(kernel: Tensor, projections: Tensor, order: Iterable[int], dims: i
             edge = kernel.new_zeros(()).expand(here.narrow(dim, 0, 1).shape)
             kernel = torch.cat([here, edge], dim) + torch.cat([edge, there], dim)
     return kernel
+
+
+def _product(kernel: Tensor, factor: Tensor) -> Tensor:
+    """kernel @ factor, rounded alike with and without a gradient: torch's own choice of the shapes depends on it."""
+    if factor.ndim > 2:
+        return kernel @ factor
+    return (kernel.reshape(-1, kernel.shape[-1]) @ factor).view(*kernel.shape[:-1], factor.shape[-1])
