@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# The series converges where the Gram matrix is less than 1 from the identity in the spectral norm; beyond this bound of
-# that norm the exact polar factor is taken instead.
+from otnn.precision import in_full_precision
+
+# The series converges where |Gram - I| < 1 in the spectral norm; above this bound of it the exact factor is taken.
 _SERIES_REACH = 0.9
 # Coefficients of (1 + e)^(-1/2) = 1 + c_1 e + c_2 e^2 + ...
 _SERIES = [math.comb(2 * k, k) / (-4.0) ** k for k in range(7)]
@@ -59,6 +60,7 @@ class Stiefel:
         tall: Tensor = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(dtype or torch.get_default_dtype())
         return tall if rows >= columns else tall.mT.contiguous()
 
+    @in_full_precision
     def retract(self, point: Tensor) -> Tensor:
         """Return the polar factor of each matrix, to the accuracy of its dtype.
 
@@ -94,6 +96,7 @@ class Stiefel:
                 excess, square = _gram_excess(wide), None
         return wide if point.shape[-2] <= point.shape[-1] else wide.mT
 
+    @in_full_precision
     def distance(self, point: Tensor) -> Tensor:
         """Return ||G - I||_F of each matrix, G the Gram matrix of the short side."""
         wide = point if point.shape[-2] <= point.shape[-1] else point.mT
@@ -288,10 +291,7 @@ class ManifoldHooks:
         self._modules = tuple(modules)
         self._named: dict[str, nn.Parameter] = {}
         self._last_good: dict[nn.Parameter, Tensor] = {}
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
+        self._handles = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
 
     def remove(self) -> None:
         """Leave the optimizer's steps alone from now on."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from otnn.checks import check_labels
 from otnn.errors import InputError
+from otnn.precision import at_least_float32
 
 Margin = float | Tensor
 KR_FORMS = ("soft", "one_vs_all")
@@ -150,7 +151,7 @@ def one_vs_all_hkr(
         >>> one_vs_all_hkr(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.tensor([0, 1]), margin=1.0, hinge_weight=5.0)
         tensor(-4.)
     """
-    one_hot = _one_hot(scores, labels)
+    scores, one_hot = at_least_float32(scores), _one_hot(scores, labels)
     _check_margin(margin)
     priors = _priors(one_hot, priors)
     if alpha is not None:
@@ -210,7 +211,7 @@ def soft_hkr(
         >>> soft_hkr(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.tensor([0, 1]), margin=1.0, hinge_weight=5.0)
         tensor(-2.)
     """
-    one_hot = _one_hot(scores, labels)
+    scores, one_hot = at_least_float32(scores), _one_hot(scores, labels)
     _check_margin(margin)
     check_soft(alpha, temperature, kr_form, hinge_form)
     weight = resolve_hinge_weight(hinge_weight, alpha)
@@ -254,6 +255,7 @@ def temperature_cross_entropy(scores: Tensor, labels: Tensor, *, temperature: fl
         scores, positive, _ = _binary(scores, labels, 0.5)
         return F.binary_cross_entropy_with_logits(temperature * scores, positive.to(scores.dtype)) / temperature
     _one_hot(scores, labels)
+    scores = at_least_float32(scores)
     return F.cross_entropy(temperature * scores, labels.long()) / temperature
 
 
@@ -323,6 +325,7 @@ def _binary(scores: Tensor, labels: Tensor, prior: float | None) -> tuple[Tensor
     """Scores as (batch,), the mask of positives, and the prior."""
     if scores.ndim == 2 and scores.shape[1] == 1:
         scores = scores.squeeze(1)
+    scores = at_least_float32(scores)
     if scores.ndim != 1 or len(scores) == 0:
         raise InputError(
             f"scores: expected a batch of one score each, (batch,) or (batch, 1), got {tuple(scores.shape)}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from otnn.errors import InputError
 from otnn.losses import functional as L
 from otnn.manifold import Manifold, NonNegative
+from otnn.precision import at_least_float32
 
 _MOMENTUM = 0.99
 
@@ -120,6 +121,7 @@ class KRLoss(Loss):
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch,) or (batch, 1) scores."""
+        scores = at_least_float32(scores)
         loss = L.kr(scores, labels, prior=self.prior, center=self.running_mean().to(scores.dtype))
         self.running_mean.update(scores.mean().view(1))
         return loss
@@ -180,6 +182,7 @@ class HKRLoss(_MarginLoss):
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch,) or (batch, 1) scores."""
+        scores = at_least_float32(scores)
         loss = L.hkr(
             scores,
             labels,
@@ -225,6 +228,7 @@ class OneVsAllHKRLoss(_MarginLoss):
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch, classes) scores."""
+        scores = at_least_float32(scores)
         loss = L.one_vs_all_hkr(
             scores,
             labels,
@@ -287,6 +291,7 @@ class SoftHKRLoss(_MarginLoss):
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (batch, classes) scores."""
+        scores = at_least_float32(scores)
         temperature: float | Tensor = self.temperature
         if self.running_scale is not None:
             # the first batch has no mean yet: its own scale stands in

@@ -69,6 +69,7 @@ class BatchCentering(nn.Module):
         Raises:
             InputError: another number of channels, or an empty batch in `train()` mode.
             FloatingPointError: a mean that is NaN or infinite in `train()` mode; the running mean stays as it was.
+                Under `torch.compile` the mean is left out without a word.
         """
         _check_channels(inputs, self.num_features)
         mean = self._batch_mean(inputs) if self.training else self.running_mean
@@ -76,7 +77,8 @@ class BatchCentering(nn.Module):
 
     def _batch_mean(self, inputs: Tensor) -> Tensor:
         numbers = inputs.numel() // self.num_features
-        total = inputs.sum(dim=[dim for dim in range(inputs.ndim) if dim != 1])
+        dtype = torch.promote_types(inputs.dtype, self.running_mean.dtype)  # a sum of half precision soon overflows
+        total = inputs.sum(dim=[dim for dim in range(inputs.ndim) if dim != 1], dtype=dtype)
         if dist.is_available() and dist.is_initialized():
             count = torch.tensor(float(numbers), device=inputs.device)
             dist.all_reduce(count)
@@ -89,13 +91,16 @@ class BatchCentering(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor) -> None:
-        if not torch.isfinite(mean).all():
+        finite = torch.isfinite(mean).all()
+        if torch.compiler.is_compiling():  # a graph does not stop at a number; the step that follows does
+            mean = torch.where(finite, mean, self.running_mean)
+        elif not finite:
             raise FloatingPointError(
                 "the mean of a batch became NaN or infinite, and was left out of the running mean; "
                 "check the images, or lower the learning rate"
             )
-        self.num_batches_tracked += 1
-        weight = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+        self.num_batches_tracked += finite
+        weight = 1 / self.num_batches_tracked.clamp(min=1).to(self.running_mean.dtype)
         if self.momentum is not None:
             weight = weight.clamp(min=self.momentum)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)

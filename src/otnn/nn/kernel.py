@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from otnn.errors import InputError
 from otnn.manifold import Manifold, Stiefel
 from otnn.nn.init import checked_init
+from otnn.precision import without_autocast
 
 
 class OrthoKernel(nn.Module):
@@ -93,8 +94,13 @@ class OrthoKernel(nn.Module):
     def weight(self) -> Tensor:
         """The kernel, composed from its factors: (n groups, m, k) or (n groups, m, k, k).
 
-        That is torch's layout: for a transposed convolution n counts the channels of the input.
+        That is torch's layout: for a transposed convolution n counts the channels of the input. Autocast does not reach
+        into the composition, whose errors would add up: it rounds its result once.
         """
+        with without_autocast(self.get_parameter("expand") if self.mix is None else self.mix):
+            return self._composed()
+
+    def _composed(self) -> Tensor:
         dims, stride = self.dims, self.stride
         filters = range(dims * (self.kernel_size - stride))
         if self.mix is not None:

@@ -55,7 +55,8 @@ class ConvexMix(nn.Module):
             )
         if torch.compiler.is_exporting():  # in operations that other runtimes know, with alpha as it is stored
             return inputs + self.alpha * (changed - inputs)
-        return torch.lerp(inputs, changed, self.alpha)
+        dtype = torch.promote_types(inputs.dtype, changed.dtype)  # under autocast some layers give half precision
+        return torch.lerp(inputs.to(dtype), changed.to(dtype), self.alpha)
 
     def extra_repr(self) -> str:
         """Tell whether alpha is learned."""

@@ -46,19 +46,33 @@ def _exchanges(size: int, inverse: bool = False) -> tuple[tuple[int, int, bool, 
     return tuple((i, j, last[i] == step, last[j] == step) for step, (i, j) in enumerate(comparators))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_exchanges(size: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """The comparators as a constant of a compiled graph, which does not look into the cache."""
+    return _exchanges(size)
+
+
 def sort_parts(inputs: Tensor, size: int, dim: int) -> Tensor:
     """Sort the groups {j, j + n / size, j + 2 n / size, ...} of a dimension of n, a multiple of `size`.
 
     The largest numbers of the groups fill the first n / size places, the next ones the following n / size, and so on.
-    Differentiable any number of times, forwards and backwards, under `vmap`, and exported as maxima and minima.
+    Differentiable any number of times, forwards and backwards, under `vmap`. Exported as maxima and minima; compiled by
+    `torch.compile` as selections, whose gradient at a tie is that of the sort.
     """
     if torch.compiler.is_exporting():  # a graph for other runtimes, in operations that they know
         return torch.cat(_exchanged(inputs.chunk(size, dim), _exchanges(size), _ordered), dim)
+    if torch.compiler.is_compiling():  # which knows no function with derivatives of its own, but fuses operations
+        return torch.cat(_exchanged(inputs.chunk(size, dim), _constant_exchanges(size), _selected), dim)
     return _sort(inputs, size, dim)[0]
 
 
 def _ordered(step: int, first: Tensor, second: Tensor, high: Tensor | None, low: Tensor | None) -> tuple[Tensor, ...]:
     return torch.maximum(first, second, out=high), torch.minimum(first, second, out=low)
+
+
+def _selected(step: int, first: Tensor, second: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+    kept = first >= second
+    return torch.where(kept, first, second), torch.where(kept, second, first)
 
 
 def _exchanged(
