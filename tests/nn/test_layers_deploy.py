@@ -74,7 +74,7 @@ def test_a_layer_computes_the_same_on_a_gpu_and_comes_back(case: Case) -> None:
 def test_the_export_is_plain_torch_and_computes_the_same(case: Case) -> None:
     layer, x = moved(case), inputs(case).float()
     exported = export(nn.Sequential(layer))
-    # single numbers a channel or a block may stay: angles, biases of centring, shares of a mix, already on their manifold
+    # numbers for each channel or block stay: angles, biases of centring, shares of a mix
     assert all(parameter.ndim < 2 for _, parameter, _ in constrained_parameters(exported))
     for module in exported.modules():
         if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):

@@ -117,7 +117,7 @@ class OrthoKernel(nn.Module):
         return weight if self.groups == 1 else weight.flatten(0, 1)
 
     def _projections(self, kernel: Tensor) -> Tensor:
-        """The projector ([groups,] c, c) of each two-tap filter; of rank 0, a mere shift, where there is one channel."""
+        """The projector ([groups,] c, c) of each two-tap filter: of rank 0, a mere shift, for one channel."""
         if self.projectors is None:
             count = self.dims * (self.kernel_size - self.stride)
             return kernel.new_zeros(count, kernel.shape[-1], kernel.shape[-1])
@@ -228,7 +228,7 @@ def _filtered(kernel: Tensor, projections: Tensor, order: Iterable[int], dims: i
 
 
 def _product(kernel: Tensor, factor: Tensor) -> Tensor:
-    """kernel @ factor, rounded alike with and without a gradient: torch's own choice of the shapes depends on it."""
+    """Kernel @ factor, rounded alike with and without a gradient: torch's own choice of the shapes depends on it."""
     if factor.ndim > 2:
         return kernel @ factor
     return (kernel.reshape(-1, kernel.shape[-1]) @ factor).view(*kernel.shape[:-1], factor.shape[-1])

@@ -149,8 +149,8 @@ def load_run(run: Path) -> RunFiles:
         )
     explanations["radius"] = certificates["radius"][index]  # in the arithmetic that was asked for last
     told = (results, certificates, explanations, _metrics(run), _config(run))
-    more = (*_audit(run, results), *_compare(run), *_counterfactuals(run), *_attacks(run))
-    return RunFiles(run.resolve().name, *told, *more)
+    name, audited = run.resolve().name, _audit(run, results)
+    return RunFiles(name, *told, *audited, *_compare(run), *_counterfactuals(run), *_attacks(run))
 
 
 def _results(run: Path) -> dict[str, Any]:
