@@ -416,7 +416,7 @@ def test_the_rows_show_the_way_and_the_nearest_real_image(run: Run, box: bool, i
             assert panel.below is not None
             far = (data.train.images - torch.from_numpy(panel.values).clamp(0, 1)).flatten(1).norm(dim=1)
             assert torch.equal(torch.from_numpy(panel.below.values), data.train.images[int(far.argmin())])
-            assert panel.below.caption == f"{int(data.train.labels[far.argmin()])}, {float(far.min()):.1f} away"
+            assert panel.below.caption == f"{int(data.train.labels[far.argmin()])}\n{float(far.min()):.1f} away"
         # what is printed of the pair is a bound: rounded down, and of the target alone
         told = re.fullmatch(r"to (\d)\nnot \1\nbelow (\S+)", row[1].caption)  # type: ignore[union-attr]
         assert told is not None

@@ -203,7 +203,7 @@ class _Grid:
     def _real(self, place: int, far: float) -> Panel:
         """A training image, to stand below the one that it is nearest to."""
         train = self.dataset.train
-        return Panel(train.images[place].numpy(), f"{self._name(train.labels[place])}, {far:.1f} away")
+        return Panel(train.images[place].numpy(), f"{self._name(train.labels[place])}\n{far:.1f} away")
 
     def partners(self, source: int | None, target: int | None) -> Block | None:
         """Training images of audit.npz on the OTNN, with their partners; None where there are none of the classes."""
