@@ -9,6 +9,7 @@ Example:
     >>> from otnn.explain import counterfactual
     >>> from otnn.lipschitz import bound
     >>> from otnn.models import build
+    >>> _ = torch.manual_seed(0)
     >>> model = build("dense", (1, 4, 4), 2, widths=(8,)).double().eval()
     >>> real = torch.rand(40, 1, 4, 4).double()
     >>> labels = (model(real).squeeze(1) > 0).long()
