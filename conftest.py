@@ -7,5 +7,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Layers draw from the global generator: every test starts it at the same place."""
+    """Layers draw from the global generator: every test and every example starts it at the same place."""
     torch.manual_seed(0)
