@@ -89,7 +89,7 @@ class Stiefel:
         floor = torch.finfo(point.dtype).eps * math.sqrt(wide.shape[-2])
         while farthest > floor:
             # terms below E^k take the eigenvalues e of E below |e|^k; where 7 are too few, 5 and then a new Gram matrix
-            order = next((k for k in (2, 3, 5, 7) if farthest**k <= floor), 5)
+            order = next((k for k in (3, 5, 7) if farthest**k <= floor), 5)
             wide = wide + _series(excess, square, order) @ wide
             farthest = farthest**order
             if farthest > floor:
