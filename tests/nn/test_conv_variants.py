@@ -220,3 +220,14 @@ def test_representations_tell_the_sizes() -> None:
     assert repr(OrthoConv2d(4, 8, 3, 2, 1, 3, 2)) == f"OrthoConv2d({start}, dilation=3, groups=2)"
     layer = OrthoConvTranspose2d(4, 8, 3, 2, 1, 1, init="identity")
     assert repr(layer) == f"OrthoConvTranspose2d({start}, init=identity, output_padding=1)"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [(2, 12), (8, 4), (3, 64)], ids=str)
+def test_a_kernel_is_the_same_number_by_number_without_a_gradient(channels: tuple[int, int], stride: int) -> None:
+    """A certificate, made without gradients, speaks of the very weights that an explanation differentiates."""
+    for kind in (OrthoConv1d, OrthoConv2d, OrthoConvTranspose2d):
+        layer = kind(*channels, 3, stride=stride)
+        with_gradient = layer.weight.detach()
+        with torch.no_grad():
+            assert torch.equal(layer.weight, with_gradient)
