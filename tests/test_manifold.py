@@ -67,7 +67,7 @@ def test_series_and_exact_factor_agree_where_one_takes_over(excess: float) -> No
     assert (stiefel.retract(tilted) - polar(tilted)).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("order", [2, 3, 5, 7])
+@pytest.mark.parametrize("order", [3, 5, 7])
 @pytest.mark.parametrize("reach", [1e-2, 0.1, 0.3, 0.6, 0.9])
 def test_terms_below_a_power_leave_less_than_that_power(order: int, reach: float) -> None:
     # the retraction counts on it: of the Gram matrix I + E, p (I + E) p - I has eigenvalues within reach^order

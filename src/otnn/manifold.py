@@ -366,12 +366,10 @@ def _gram_excess(wide: Tensor) -> Tensor:
 
 
 def _series(excess: Tensor, square: Tensor | None, order: int) -> Tensor:
-    """The terms of (I + E)^(-1/2) - I below E^order, of order 2, 3, 5 or 7; `square` is E^2 if it is known.
+    """The terms of (I + E)^(-1/2) - I below E^order, of order 3, 5 or 7; `square` is E^2 if it is known.
 
     With few products: c_1 E + c_2 E^2, and for more terms c_1 E + E^2 (c_2 + c_3 E + c_4 E^2), and so on.
     """
-    if order == 2:
-        return excess * _SERIES[1]
     square = excess @ excess if square is None else square
     total = torch.add(_SERIES[order - 2] * excess, square, alpha=_SERIES[order - 1])
     for k in range(order - 3, 0, -2):

@@ -73,8 +73,7 @@ class View(nn.Module):
 
     def _scores(self, points: Tensor) -> Tensor:
         # no clamp: a library that knows the box keeps to it, and one that does not would see a zero gradient beyond
-        outputs = self.objective.model(self.origin + self.unit * points.to(self.origin))
-        scores = class_scores(outputs.unsqueeze(1) if outputs.ndim == 1 else outputs)
+        scores = self.objective.logits(self.origin + self.unit * points.to(self.origin))
         if self.duel:
             scores = class_scores(self.objective.margin(scores, self.index).unsqueeze(1))
         return (scores * self.factor).to(points)

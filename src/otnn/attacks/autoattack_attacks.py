@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from otnn.attacks.adapter import View, as_they_are, missing, run, scales, settle
 from otnn.attacks.ball import project
-from otnn.attacks.objective import Objective, check_norm
-from otnn.attacks.step import exact_radii
+from otnn.attacks.objective import Objective, check_norm, radii_of
 from otnn.batches import spread
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET
@@ -80,7 +79,7 @@ def apgd(
     check_norm(norm)
     kind = _apgd()
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    radii = exact_radii(radius, inputs)
+    radii = radii_of(radius, inputs)
 
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
@@ -165,7 +164,7 @@ def square(
             f"inputs: square in {norm} takes images (n, channels, height, width) of at least {least} x {least} pixels, "
             f"got shape {tuple(inputs.shape)}; attack others with pgd"
         )
-    radii = exact_radii(radius, inputs)
+    radii = radii_of(radius, inputs)
 
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]

@@ -86,7 +86,7 @@ class Objective:
             )
         self.model, self.targeted, self.loss, self.box = model, targeted, loss, box
         with torch.no_grad():
-            self.classes = self._class_scores(inputs[:1]).shape[1]
+            self.classes = self.logits(inputs[:1]).shape[1]
         check_labels(labels, len(inputs), self.classes, what="targets" if targeted else "labels")
         self.labels = labels.to(inputs.device).long()
         self._forward, self._backward = (
@@ -116,7 +116,7 @@ class Objective:
     def scores(self, images: Tensor) -> Tensor:
         """Class scores (m, classes) of images (m, ...), by chunks within the memory budget."""
         with parametrize.cached():
-            return torch.cat([self._class_scores(part) for part in images.split(self._forward)])
+            return torch.cat([self.logits(part) for part in images.split(self._forward)])
 
     def slopes(self, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (m,) and their gradients (m, ...) at images (m, ...) of the samples `index` (m,)."""
@@ -130,7 +130,7 @@ class Objective:
         with torch.enable_grad(), parametrize.cached():
             for part, rows in zip(images.split(self._backward), index.split(self._backward), strict=True):
                 leaf = part.detach().requires_grad_()
-                value = function(self._class_scores(leaf), rows)
+                value = function(self.logits(leaf), rows)
                 gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
                 values.append(value.detach())
         return torch.cat(values), torch.cat(gradients)
@@ -139,7 +139,8 @@ class Objective:
         """The images, clamped to [0, 1] if the attack stays in the box."""
         return images.clamp(0, 1) if self.box else images
 
-    def _class_scores(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores (m, classes) of one chunk of images (m, ...), with their graph; one output becomes two."""
         outputs = self.model(images)
         if not isinstance(outputs, Tensor):
             raise InputError(
@@ -164,14 +165,14 @@ def check_norm(norm: str) -> None:
 
 
 def radii_of(radius: float | Tensor, inputs: Tensor) -> Tensor:
-    """One radius for all, or one for each sample, as (n,) in the dtype of the inputs.
+    """One radius for all, or one for each sample, as (n,) float64, as they were given.
 
     Raises:
         InputError: a radius that is negative, not finite or of another shape.
 
     Example:
         >>> radii_of(0.5, torch.zeros(2, 3))
-        tensor([0.5000, 0.5000])
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     radii = torch.as_tensor(radius, dtype=torch.float64)
     if radii.ndim == 0:
@@ -182,7 +183,7 @@ def radii_of(radius: float | Tensor, inputs: Tensor) -> Tensor:
         )
     if not bool(((radii >= 0) & (radii < math.inf)).all()):
         raise InputError("radius: expected finite numbers >= 0, got a negative one, NaN or infinity")
-    return radii.to(inputs)
+    return radii.to(inputs.device)
 
 
 def distances(inputs: Tensor, adversarial: Tensor, norm: str = "l2") -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from otnn.attacks.ball import ascent, project
-from otnn.attacks.objective import Objective, check_norm
-from otnn.attacks.step import check_count, clearance, exact_radii, lead, look, take_step
+from otnn.attacks.objective import Objective, check_norm, radii_of
+from otnn.attacks.step import check_count, clearance, lead, look, take_step
 from otnn.batches import spread
 from otnn.errors import InputError
 from otnn.explain.masking import MEMORY_BUDGET
@@ -79,7 +79,7 @@ def pgd(
     if not 0 <= momentum <= 1:
         raise InputError(f"momentum: expected a number in [0, 1], got {momentum}")
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    radii = exact_radii(radius, inputs)
+    radii = radii_of(radius, inputs)
     generator = generator or torch.Generator().manual_seed(0)
 
     index = torch.arange(len(inputs), device=inputs.device)

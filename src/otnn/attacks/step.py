@@ -60,7 +60,7 @@ def gradient_step(
     """
     check_norm(norm)
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    radii = exact_radii(radius, inputs)
+    radii = radii_of(radius, inputs)
     index = torch.arange(len(inputs), device=inputs.device)
     scores, gradient = look(objective, inputs, index)
     stays = objective.won(scores, index)
@@ -113,11 +113,6 @@ def clearance(scores: Tensor, gradient: Tensor, inputs: Tensor) -> Tensor:
     terms = (gradient * inputs).flatten(1).abs().sum(dim=1)
     scale = torch.maximum(scores.abs().amax(dim=1), terms).nan_to_num(nan=0.0, posinf=0.0)
     return _ROUNDINGS * torch.finfo(scores.dtype).eps * scale
-
-
-def exact_radii(radius: float | Tensor, inputs: Tensor) -> Tensor:
-    """The radii (n,) in float64, as they were given."""
-    return radii_of(radius, torch.empty(len(inputs), dtype=torch.float64, device=inputs.device))
 
 
 def check_count(name: str, number: int) -> None:
