@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from otnn.errors import InputError
 from otnn.explain import METHODS, attribute, cost
-from otnn.explain.masking import chunk_size
 from otnn.explain.scores import Scorer
+from otnn.memory import chunk_size
 from otnn.models import build
 from tests.explain.nets import Counting, images, linear, relu_net
 

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from otnn.errors import InputError
 from otnn.explain.gradcam_pp import gradcam_pp, last_spatial_layer
-from otnn.explain.masking import chunk_size
 from otnn.explain.scores import Scorer
+from otnn.memory import chunk_size
 from otnn.models import build
 from otnn.nn import MaxMin
 from tests.explain import slow

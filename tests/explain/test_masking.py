@@ -4,8 +4,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from otnn.errors import InputError
-from otnn.explain.masking import cell_grid, cell_map, cell_scores, chunk_size, masked_scores, upsample
+from otnn.explain.masking import cell_grid, cell_map, cell_scores, masked_scores, upsample
 from otnn.explain.scores import Scorer
+from otnn.memory import chunk_size
 from otnn.models import build
 from tests.explain import slow
 
@@ -127,25 +128,6 @@ def test_parametrised_weights_are_built_once_and_do_not_count_as_activations() -
     built = 0
     masked_scores(scorer, x, samples(9, 30), memory_budget=budget)
     assert built == 1
-
-
-def test_activations_are_counted_where_they_live() -> None:
-    """A copy, its mask and its filling of 4 float32 each, then 100 values beside the 2 that follow them."""
-    model = nn.Sequential(nn.Linear(4, 100), nn.Linear(100, 2)).eval()
-    x = torch.rand(1, 4)
-    each = 4 * (3 * 4 + 100 + 2)
-    assert chunk_size(x, each, model) == 1
-    assert chunk_size(x, 7 * each + 1, model) == 7
-    with pytest.raises(InputError, match=f"at least {each} bytes, which one perturbed sample needs, got {each - 1}"):
-        chunk_size(x, each - 1, model)
-    # an activation that is dropped makes room for the next: the peak is of two, not of five
-    deep = nn.Sequential(*[nn.Linear(50, 50) for _ in range(5)]).eval()
-    assert chunk_size(torch.rand(1, 50), 4 * (3 * 50 + 2 * 50), deep) == 1
-    # a backward keeps them all, and gradients beside them
-    smooth = nn.Sequential(*[nn.Sequential(nn.Linear(50, 50), nn.Tanh()) for _ in range(5)]).eval()
-    with pytest.raises(InputError, match="memory_budget"):
-        chunk_size(torch.rand(1, 50), 4 * (3 * 50 + 5 * 50), smooth, gradient=True)
-    assert chunk_size(torch.rand(1, 50), 4 * (3 * 50 + 4 * 50), smooth) == 1
 
 
 def test_an_orthogonal_parametrisation_gives_the_same_scores() -> None:

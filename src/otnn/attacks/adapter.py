@@ -13,7 +13,7 @@ from otnn.attacks.step import clearance, lead, look
 from otnn.batches import sample_norm, spread
 from otnn.errors import InputError
 from otnn.explain.guards import draw_seed, seeded
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.potential import class_scores
 
 # Lengths of the gradient step, in first-order distances, of which the shortest that wins is the unit of a sample

@@ -16,7 +16,7 @@ from otnn.attacks.ball import project
 from otnn.attacks.objective import Objective, check_norm, radii_of
 from otnn.batches import spread
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 
 _NORMS = {"l2": "L2", "linf": "Linf"}
 # Half of the box of FAB without one, in units of the sample

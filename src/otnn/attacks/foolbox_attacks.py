@@ -17,7 +17,7 @@ from otnn.attacks.adapter import SLACK, View, as_they_are, missing, run, scales,
 from otnn.attacks.objective import Objective, check_norm
 from otnn.batches import spread
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 
 # Half-width of the bounds of C&W without a box, in units of the sample: tanh is linear within 1e-4 where |u| < 1.7
 _WIDE = 100.0

@@ -9,8 +9,8 @@ from otnn.attacks.ball import ascent, project
 from otnn.attacks.objective import Objective, check_norm, distances
 from otnn.attacks.step import check_count, clearance, lead, look
 from otnn.batches import spread
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.rays import refine
+from otnn.memory import MEMORY_BUDGET
 
 # So many leading rivals are compared by their first-order distance
 _RIVALS = 9

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from otnn.batches import sample_norm
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.models import Classifier, check_model, check_precision
 from otnn.potential import class_scores
 

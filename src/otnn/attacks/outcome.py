@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from otnn.attacks.objective import Objective, distances
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from otnn.attacks.objective import Objective, check_norm, radii_of
 from otnn.attacks.step import check_count, clearance, lead, look, take_step
 from otnn.batches import spread
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 
 
 def pgd(

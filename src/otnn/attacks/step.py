@@ -9,7 +9,7 @@ from otnn.attacks.ball import ascent, project
 from otnn.attacks.objective import Objective, check_norm, radii_of
 from otnn.batches import spread
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 
 # A lead of fewer roundings of the scores may be lost in a batch of another size
 _ROUNDINGS = 32

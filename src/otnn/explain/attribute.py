@@ -11,9 +11,9 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.explain.applicability import NotApplicableError
 from otnn.explain.guards import draw_seed, seeded, unchanged
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.methods import METHODS, check_rank, complete_settings
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET
 
 # What torch says where a score does not depend on the inputs by differentiable operations
 _NO_GRADIENT = ("have been used in the graph", "does not require grad")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET, chunk_size
 
 
 class Scoring(nn.Module):

@@ -15,8 +15,8 @@ from otnn.errors import InputError
 from otnn.explain.applicability import check_only_relu, find_layer
 from otnn.explain.bridge import Scoring, by_parts, check_count, part_of, whole_baseline
 from otnn.explain.guards import draw_seed
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET
 
 
 def saliency(scorer: Scorer, inputs: Tensor, *, memory_budget: float = MEMORY_BUDGET) -> Tensor:

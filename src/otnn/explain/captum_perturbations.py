@@ -15,8 +15,8 @@ from torch import Tensor
 from otnn.errors import InputError
 from otnn.explain.bridge import Scoring, by_parts, check_count, part_of, whole_baseline
 from otnn.explain.guards import draw_seed, seeded
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET
 
 # Windows and superpixels along each side of a picture: 7 divides 28 and 224 pixels
 _SIDE = 7

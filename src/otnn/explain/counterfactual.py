@@ -13,11 +13,11 @@ from torch import Tensor
 from otnn.batches import sample_norm, spread
 from otnn.checks import check_images
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.explain.pairs import Pairs, choose_pairs
 from otnn.explain.rays import refine
 from otnn.explain.walk import Descent, Walk, descend, join
 from otnn.lipschitz import LipschitzBound
+from otnn.memory import MEMORY_BUDGET
 from otnn.models import Classifier, check_model, check_precision
 
 NO_BOUND = "no bound"

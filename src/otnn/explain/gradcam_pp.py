@@ -8,8 +8,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from otnn.checks import check_images
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.nn.kernel import OrthoKernel
 
 

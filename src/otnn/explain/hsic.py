@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from otnn.explain.bridge import check_count
-from otnn.explain.masking import MEMORY_BUDGET, cell_grid, cell_map, cell_scores, uniform
+from otnn.explain.masking import cell_grid, cell_map, cell_scores, uniform
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET
 
 # Kernel entries at a time on a CPU: more do not fit its cache
 _ENTRIES = 2**18

@@ -14,8 +14,9 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.explain import captum_methods, captum_perturbations, forgrad, gradcam_pp, hsic, rise, sobol
 from otnn.explain.applicability import NotApplicableError, find_layer
-from otnn.explain.masking import MEMORY_BUDGET, cell_grid
+from otnn.explain.masking import cell_grid
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET
 
 Kind = Literal["gradient", "perturbation", "class activation"]
 Passes = Callable[[Tensor, Mapping[str, Any]], tuple[int, int]]

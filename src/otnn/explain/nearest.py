@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 
 # So many more candidates than asked for are measured again: the matrix product orders near ones up to rounding
 _SPARE = 8

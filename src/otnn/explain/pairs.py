@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 from otnn.checks import check_labels
 from otnn.errors import InputError
-from otnn.explain.masking import chunk_size
 from otnn.lipschitz import LipschitzBound
+from otnn.memory import chunk_size
 from otnn.models import Classifier, predict
 from otnn.potential import class_scores, label_distances, nearest_rival, pair_distances
 

@@ -8,8 +8,9 @@ from torch.nn.utils import parametrize
 
 from otnn.errors import InputError
 from otnn.explain.bridge import check_count
-from otnn.explain.masking import MEMORY_BUDGET, cell_grid, chunk_size, masked_scores, uniform
+from otnn.explain.masking import cell_grid, masked_scores, uniform
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET, chunk_size
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from otnn.errors import InputError
 from otnn.explain.bridge import check_count
-from otnn.explain.masking import MEMORY_BUDGET, cell_grid, cell_map, cell_scores
+from otnn.explain.masking import cell_grid, cell_map, cell_scores
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET
 
 # Features whose designs are held at once
 _PART = 64

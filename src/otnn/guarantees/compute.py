@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.guarantees.bracket import bracket
 from otnn.guarantees.masks import (
     cell_masks,
@@ -19,6 +18,7 @@ from otnn.guarantees.regions import constant_saliency
 from otnn.guarantees.result import Guarantee
 from otnn.guarantees.smoothing import certified_smoothgrad
 from otnn.lipschitz import LipschitzBound
+from otnn.memory import MEMORY_BUDGET
 from otnn.models import Classifier
 
 

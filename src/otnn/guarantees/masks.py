@@ -5,10 +5,11 @@ from torch import Tensor
 
 from otnn.batches import sample_norm
 from otnn.errors import InputError
-from otnn.explain.masking import chunk_size, upsample
+from otnn.explain.masking import upsample
 from otnn.guarantees.potential import Potential
 from otnn.guarantees.result import GREY, Guarantee, first_reasons
 from otnn.guarantees.smoothing import pixel_scores
+from otnn.memory import chunk_size
 
 CEILING_DOMAIN = "For the masked images that were scored, each by itself, whatever they are filled with."
 SR_DOMAIN = (

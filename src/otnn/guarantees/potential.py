@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from otnn.batches import sample_norm, spread
 from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.guarantees.result import first_reasons
 from otnn.lipschitz import LipschitzBound
 from otnn.lipschitz.export import composed
 from otnn.lipschitz.forward_error import BoundedExecution, Watch
 from otnn.lipschitz.graph import Trace, trace
 from otnn.lipschitz.rounding import gamma
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.models import Classifier, check_model, predict
 from otnn.potential import class_scores, label_distances, nearest_rival, pair_distances
 

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from otnn.batches import spread
 from otnn.errors import InputError
-from otnn.explain.masking import chunk_size
 from otnn.guarantees.potential import Potential
 from otnn.guarantees.result import Guarantee, first_reasons
+from otnn.memory import chunk_size
 
 DOMAIN = (
     "With the stated confidence over the noise that was drawn, for each sample by itself; for every real change of the "

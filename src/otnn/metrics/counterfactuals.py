@@ -32,8 +32,8 @@ from torch import Tensor
 
 from otnn.errors import InputError
 from otnn.explain.counterfactual import Counterfactual
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.nearest import nearest
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.metrics.maps import pixel_values, top_count
 from otnn.metrics.result import MetricResult, summarise
 from otnn.potential import class_scores

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, cell_grid, cell_scores, chunk_size, masked_scores, upsample
+from otnn.explain.masking import cell_grid, cell_scores, masked_scores, upsample
 from otnn.explain.scores import Scorer, check_scored
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.metrics.maps import check_maps, draw, is_constant, part_of, pixel_ranks, pixel_values
 from otnn.metrics.result import Curves, Direction, MetricResult, summarise
 from otnn.metrics.statistics import correlation, ranks

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET, chunk_size
 
 # Maps (m, ...) of perturbed inputs (m, ...), which came from the samples `index` (m,)
 Explain = Callable[[Tensor, Tensor], Tensor]

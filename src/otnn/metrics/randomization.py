@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 from otnn.checks import check_images
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
 from otnn.manifold import Manifold
+from otnn.memory import MEMORY_BUDGET
 from otnn.metrics.maps import Explain, call_size, explain_pixels, is_constant
 from otnn.metrics.result import MetricResult, summarise
 from otnn.metrics.statistics import correlation, ranks

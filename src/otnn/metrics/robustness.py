@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 from otnn.batches import sample_norm, spread
 from otnn.checks import check_images
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer, check_scored
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.metrics.maps import (
     Explain,
     call_size,

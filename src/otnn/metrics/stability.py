@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otnn.checks import check_images
 from otnn.errors import InputError
-from otnn.explain.masking import MEMORY_BUDGET
+from otnn.memory import MEMORY_BUDGET
 from otnn.metrics.maps import Explain, call_size, check_floats, draw, explain_pixels, is_constant, pixel_values
 from otnn.metrics.result import MetricResult, summarise
 from otnn.metrics.statistics import correlation, ranks

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from otnn.explain import METHODS, NotApplicableError, attribute, cost
-from otnn.explain.masking import MEMORY_BUDGET, chunk_size
 from otnn.explain.scores import Scorer
+from otnn.memory import MEMORY_BUDGET, chunk_size
 from otnn.metrics import Explain, box_regions
 from otnn.models import Classifier, predict
 from otnn.run.fit import scores_of
