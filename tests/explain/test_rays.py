@@ -95,3 +95,55 @@ def test_every_bracket_closes_in_few_steps(potential: Callable[[Tensor], Tensor]
 
     assert float(refine(counted, tensor(0.0), tensor(1.0))) == pytest.approx(root, rel=2e-12)
     assert calls <= 2 + 2 * 42
+
+
+def test_known_ends_are_not_evaluated_again() -> None:
+    tried: list[float] = []
+
+    def potential(length: Tensor, _: Tensor) -> Tensor:
+        tried.extend(length.tolist())
+        return 2 - length * length
+
+    low, high = tensor(0.0, 1.0), tensor(2.0, 3.0)
+    plain = refine(potential, low, high)
+    ends = {0.0, 1.0, 2.0, 3.0}
+    assert ends <= set(tried)
+    calls = len(tried)
+    tried.clear()
+    known = torch.stack([2 - low * low, 2 - high * high])
+    assert torch.equal(refine(potential, low, high, values=known), plain)
+    assert not ends & set(tried)
+    assert len(tried) == calls - 4
+    tried.clear()
+    known[1, 0] = torch.nan
+    assert torch.equal(refine(potential, low, high, values=known), plain)
+    assert ends & set(tried) == {2.0}
+    assert bool(known[1, 0].isnan())  # what is given is not written to
+
+
+@pytest.mark.parametrize("resolution", [1e-2, 1e-4, 1e-6])
+def test_a_coarse_crossing_is_cheaper_and_on_the_negative_side(resolution: float) -> None:
+    calls = {}
+    for share in (resolution, 2.0**-40):
+        asked = []
+        high = refine(lambda t, k, asked=asked: asked.append(t) or 2 - t**3, tensor(0.0), tensor(2.0), resolution=share)
+        root = 2 ** (1 / 3)
+        assert root <= float(high) <= root * (1 + 1.01 * share)
+        calls[share] = len(asked)
+    assert calls[resolution] < calls[2.0**-40]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_search_ends_after_the_steps_given_where_it_is_still_negative(steps: int) -> None:
+    asked = []
+    high = refine(lambda t, k: asked.append(t) or 1e-9 - (t - 0.7) ** 3, tensor(0.0), tensor(2.0), steps=steps)
+    assert len(asked) == 2 + steps
+    assert 0.7 < float(high) <= 2.0
+
+
+def test_the_ends_of_a_bracket_are_not_evaluated_by_the_search_for_it() -> None:
+    """Tries 1, 1.25, ..., 1.25^3 = 1.95; the crossing of a linear potential takes two lengths from there."""
+    tried: list[float] = []
+    first_crossing(lambda t, k: tried.extend(t.tolist()) or 1.7 - t, tensor(1.0), tensor(9.0))
+    assert tried[:4] == pytest.approx([1.25**k for k in range(4)])
+    assert len(tried) == len(set(tried)) == 4 + 2

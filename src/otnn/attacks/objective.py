@@ -44,6 +44,7 @@ class Objective:
 
     Attributes:
         classes: how many the model decides between, at least 2.
+        batch: how many samples one backward takes.
 
     Raises:
         InputError: what cannot be attacked.
@@ -89,7 +90,7 @@ class Objective:
             self.classes = self.logits(inputs[:1]).shape[1]
         check_labels(labels, len(inputs), self.classes, what="targets" if targeted else "labels")
         self.labels = labels.to(inputs.device).long()
-        self._forward, self._backward = (
+        self._forward, self.batch = (
             chunk_size(inputs[:1], memory_budget, model, gradient=each) for each in (False, True)
         )
 
@@ -128,7 +129,7 @@ class Objective:
         """Values (m,) of any function of class scores and samples, and their gradients (m, ...) at the images."""
         values, gradients = [], []
         with torch.enable_grad(), parametrize.cached():
-            for part, rows in zip(images.split(self._backward), index.split(self._backward), strict=True):
+            for part, rows in zip(images.split(self.batch), index.split(self.batch), strict=True):
                 leaf = part.detach().requires_grad_()
                 value = function(self.logits(leaf), rows)
                 gradients.append(torch.autograd.grad(value.sum(), leaf)[0])

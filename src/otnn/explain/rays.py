@@ -38,18 +38,28 @@ def first_crossing(potential_at: PotentialAt, start: Tensor, reach: Tensor) -> T
         tensor([0.5000, 3.0000,    nan], dtype=torch.float64)
     """
     low, high = torch.zeros_like(start), torch.minimum(start, reach)
-    result = torch.full_like(start, torch.nan)
+    result, values = torch.full_like(start, torch.nan), start.new_full((2, len(start)), torch.nan)
     open_ = (high > 0).nonzero().squeeze(1)
     while len(open_):
-        crossed = potential_at(high[open_], open_) < 0
-        result[open_[crossed]] = high[open_[crossed]]
-        open_ = open_[~crossed & (high[open_] < reach[open_])]
-        low[open_] = high[open_]
+        value = potential_at(high[open_], open_)
+        crossed = value < 0
+        result[open_[crossed]], values[1, open_[crossed]] = high[open_[crossed]], value[crossed]
+        goes_on = ~crossed & (high[open_] < reach[open_])
+        open_, value = open_[goes_on], value[goes_on]
+        low[open_], values[0, open_] = high[open_], value
         high[open_] = torch.minimum(GROWTH * high[open_], reach[open_])
-    return refine(potential_at, low, result)
+    return refine(potential_at, low, result, values=values)
 
 
-def refine(potential_at: PotentialAt, low: Tensor, high: Tensor) -> Tensor:
+def refine(
+    potential_at: PotentialAt,
+    low: Tensor,
+    high: Tensor,
+    *,
+    values: Tensor | None = None,
+    resolution: float = _RESOLUTION,
+    steps: int = _STEPS,
+) -> Tensor:
     """Shrink brackets of a change of sign until their ends meet, and return the negative ends.
 
     Secant steps find the crossing of a piecewise linear potential at once; where one does not halve the bracket,
@@ -59,6 +69,9 @@ def refine(potential_at: PotentialAt, low: Tensor, high: Tensor) -> Tensor:
         potential_at: as for `first_crossing`; negative at `high`, not negative at `low`.
         low: (n,) lengths.
         high: (n,) lengths >= low; NaN stays NaN.
+        values: (2, n) potentials at `low` and at `high`, which are then not evaluated; NaN where they are not known.
+        resolution: share of the length at which a bracket counts as closed; at least that of the dtype.
+        steps: lengths that are tried at most in each bracket; it may stay wider then.
 
     Returns:
         (n,) lengths in (low, high], negative ones as far as they were evaluated.
@@ -68,19 +81,22 @@ def refine(potential_at: PotentialAt, low: Tensor, high: Tensor) -> Tensor:
         tensor([1.4142], dtype=torch.float64)
     """
     low, high = low.clone(), high.clone()
-    resolution = max(_RESOLUTION, 2 * torch.finfo(high.dtype).eps)
-    values = torch.full((2, len(low)), torch.nan, dtype=low.dtype, device=low.device)
-    wide = (high - low > resolution * high).nonzero().squeeze(1)
-    if len(wide):
-        values[0, wide], values[1, wide] = potential_at(low[wide], wide), potential_at(high[wide], wide)
+    resolution = max(resolution, 2 * torch.finfo(high.dtype).eps)
+    values = low.new_full((2, len(low)), torch.nan) if values is None else values.clone()
+    wide = high - low > resolution * high
+    for value, end in zip(values, (low, high), strict=True):
+        unknown = (wide & value.isnan()).nonzero().squeeze(1)
+        if len(unknown):
+            value[unknown] = potential_at(end[unknown], unknown)
     halve = torch.zeros_like(low, dtype=torch.bool)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         open_ = (high - low > resolution * high).nonzero().squeeze(1)
         if not len(open_):
             break
         a, b, (above, below) = low[open_], high[open_], values[:, open_]
-        edge = resolution * b / 2  # a secant that ends at its bracket steps over the crossing next
-        secant = torch.clamp(a + (b - a) * above / (above - below), a + edge, b - edge)
+        # a secant that ends at its bracket steps over the crossing next, and rounding must not decide which end it is
+        edge = resolution * b / 2
+        secant = torch.clamp(a + (b - a) * above / (above - below) + edge / 2, a + edge, b - edge)
         bisected = halve[open_] | ~torch.isfinite(secant)
         length = torch.where(bisected, (a + b) / 2, secant)
         value = potential_at(length, open_)
