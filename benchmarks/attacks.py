@@ -236,13 +236,13 @@ def where_attacks_go(model: Classifier, images: Tensor, cw_steps: int, tell: Cal
 
 
 def nearest_pgd(model: nn.Module, images: Tensor, labels: Tensor, *, radius: Tensor, loss: str = "margin") -> Tensor:
-    """PGD at growing radii, of which each sample keeps the point of the first that is won."""
+    """PGD at growing radii, without the gradient step; each sample keeps the point of the first that is won."""
     points, open_ = images.clone(), torch.ones(len(images), dtype=torch.bool)
     for share in SHARES:
         index = open_.nonzero().squeeze(1)
         if not len(index):
             break
-        tried = pgd(model, images[index], labels[index], share * radius[index], loss=loss)
+        tried = pgd(model, images[index], labels[index], share * radius[index], loss=loss, one_step=False)
         won = evaluate(model, images[index], labels[index], tried).success
         points = points.index_copy(0, index, torch.where(broadcast(won, tried), tried, points[index]))
         open_[index[won]] = False

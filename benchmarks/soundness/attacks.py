@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,9 @@ def attacks_campaign(
     for name, value in (("images", images), ("few", few)):
         if value < 0:
             raise InputError(f"{name}: expected at least 0, got {value}")
-    for name in SLOW if few else ():
-        source = ATTACKS[name].source
-        if source != "otnn" and find_spec(source) is None:
+    sources = {name: ATTACKS[name].source for name in SLOW if few and ATTACKS[name].source != "otnn"}
+    for name, source in sources.items():
+        if find_spec(source) is None:
             raise InputError(
                 f'{name} needs {source}, which is not installed: pip install -c constraints.txt ".[attacks]"'
             )
@@ -126,6 +127,7 @@ def attacks_campaign(
         "images": images,
         "few": few,
         "attacks": {name: dict(how) for name, how in {**FAST, **SLOW}.items()},
+        "libraries": {name: version(name) for name in sorted(set(sources.values()))},
     }
     block = partial(_block, pieces=tuple(pieces), runs=tuple(runs), data_dir=data_dir, seed=seed)
     return Campaign("attacks", told, len(pieces), block, partial(_summary, pieces=pieces, names=names))

@@ -318,6 +318,31 @@ def test_a_wrong_certificate_fails_loudly(
     assert json.loads(capsys.readouterr().out)["failed"] == content["failed"]
 
 
+def test_a_point_that_float64_alone_sees_breaks_the_certificate() -> None:
+    victim, _ = linear(torch.tensor([1.3, 2.6], dtype=torch.float64))
+    victim.radius = torch.full((2,), 10.0, dtype=torch.float64)
+    victim._exact = copy.deepcopy(victim.model).double()
+    victim._exact.head.bias = nn.Parameter(torch.full((1,), -50.0, dtype=torch.float64))  # turned everywhere
+    nearby = victim.images + 0.01  # which float32 leaves as it is
+    found = Found(torch.full((2,), torch.inf, dtype=torch.float64), victim.images.clone(), torch.zeros(2).bool())
+    assert victim.judge(found, torch.arange(2), nearby).tolist() == [True, True]
+    assert (found.below, found.rounding) == (2, 0)
+
+
+def test_a_halved_bound_of_the_network_is_caught() -> None:
+    """Scores twice as large as the bound allows, as a bound that is half the true one would have them."""
+    victim, _ = linear(torch.tensor([1.3, 2.6, 5.2, 7.8], dtype=torch.float64))
+    victim.radius = 2 * victim.radius  # gap over half the bound
+    grid = [0.0, 0.15, 0.3, 0.5, 1.0, 2.0]
+    for name in ("step", "pgd", "minimal"):
+        found = victim.run(ATTACKS[name], grid, 0, {}, lambda text: None)
+        figures = stage.network_figures(victim, {name: found}, grid)
+        content = {"radii": grid, "networks": {"linear": figures}}
+        passed, detail = CHECKS["certified <= attacked"](figures, content)
+        assert not passed
+        assert f"of {name}" in detail
+
+
 def test_rounding_of_float32_breaks_no_certificate_of_the_exact_map() -> None:
     victim, _ = linear(torch.tensor([1.3, 2.6], dtype=torch.float64))
     beyond = victim.images.clone()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from otnn.attacks.ball import ascent
-from otnn.attacks.objective import Objective
+from otnn.attacks.objective import Objective, slope_of
 from otnn.attacks.step import clearance, lead, look
 from otnn.batches import sample_norm, spread
 from otnn.errors import InputError
@@ -92,7 +92,7 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.autograd.grad(ctx.result, ctx.leaf, gradient, retain_graph=True)[0], None
+        return slope_of(ctx.result, ctx.leaf, gradient), None
 
 
 def as_they_are(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,18 +139,19 @@ def run(
     """
     index = torch.arange(len(inputs), device=inputs.device)
     index = index[~objective.won(objective.scores(inputs), index)]
-    points = inputs.clone()
+    points = inputs.detach().clone()
     with parametrize.cached(), seeded(draw_seed(generator), inputs.device):
         size = chunk_size(inputs[:1], memory_budget, objective.model, gradient=True)
         for part in index.split(size):
             if len(part):
-                points[part] = attack(part).to(inputs.dtype)
+                points[part] = attack(part).detach().to(inputs.dtype)
     return points
 
 
 def settle(objective: Objective, inputs: Tensor, points: Tensor) -> Tensor:
     """The points (n, ...) that win, moved on by a hundredth at most where rounding may undo it, else the inputs."""
     index = torch.arange(len(inputs), device=inputs.device)
+    inputs = inputs.detach()
     readable = torch.isfinite(points).flatten(1).all(dim=1)
     points = torch.where(spread(readable, inputs), points, inputs)
     scores, gradient = look(objective, inputs, index, objective.margin)

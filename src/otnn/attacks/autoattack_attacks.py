@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from otnn.attacks.adapter import View, as_they_are, missing, run, scales, settle
 from otnn.attacks.ball import project
 from otnn.attacks.objective import Objective, check_norm, radii_of
+from otnn.attacks.step import check_count
 from otnn.batches import spread
 from otnn.errors import InputError
 from otnn.memory import MEMORY_BUDGET
@@ -77,12 +78,15 @@ def apgd(
         True
     """
     check_norm(norm)
+    check_count("steps", steps)
+    check_count("restarts", restarts)
     kind = _apgd()
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    radii = radii_of(radius, inputs)
+    radii, inputs = radii_of(radius, inputs), _plain(inputs)
 
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
+        objective.slopes(images[:1], index[:1])  # refuses what has no gradient before the library meets it
         if box:
             view = View(objective, index, *as_they_are(images), images.new_ones(len(index)), duel=False)
             start, eps = images.float(), spread(radii[index].float(), images)
@@ -156,6 +160,7 @@ def square(
         True
     """
     check_norm(norm)
+    check_count("queries", queries)
     kind = _square()
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
     least = _TILES if norm == "l2" else 1
@@ -164,7 +169,7 @@ def square(
             f"inputs: square in {norm} takes images (n, channels, height, width) of at least {least} x {least} pixels, "
             f"got shape {tuple(inputs.shape)}; attack others with pgd"
         )
-    radii = radii_of(radius, inputs)
+    radii, inputs = radii_of(radius, inputs), _plain(inputs)
 
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
@@ -221,10 +226,12 @@ def fab(
         True
     """
     check_norm(norm)
+    check_count("steps", steps)
     if loss != "margin":
         raise InputError(f"loss: fab takes margin, got {loss!r}")
     kind = _fab()
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
+    inputs = _plain(inputs)
 
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
@@ -241,6 +248,11 @@ def fab(
         return view.images(points)
 
     return settle(objective, inputs, run(objective, inputs, chunk, generator=generator, memory_budget=memory_budget))
+
+
+def _plain(inputs: Tensor) -> Tensor:
+    """The inputs without a graph and in the usual layout, as the library flattens what it is given by `view`."""
+    return inputs.detach().contiguous()
 
 
 def _ball(objective: Objective, images: Tensor, index: Tensor, radii: Tensor) -> tuple[View, Tensor]:
@@ -303,10 +315,15 @@ def _square() -> Any:
             images = view.objective.inside(view.origin[places] + view.unit[places] * points.to(view.origin))
             scores = view.objective.scores(images)
             margin = view.objective.margin(scores, index)
+            value = view.objective.value(scores, index)
+            # what is not finite is open, and worse than all that is
+            finite = torch.isfinite(scores).all(dim=1)
+            most = torch.finfo(margin.dtype).max
+            margin, value = (torch.where(finite, each, -most) for each in (margin, value))
             # a lead of 0 counts as neither open nor won, and breaks the library's loop
             tiny = torch.finfo(margin.dtype).tiny
             left = torch.where(view.objective.won(scores, index), (-margin).clamp(max=-tiny), (-margin).clamp(min=tiny))
-            return left, -view.objective.value(scores, index)
+            return left, -value
 
     return Attack
 

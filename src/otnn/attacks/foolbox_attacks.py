@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from otnn.attacks.adapter import SLACK, View, as_they_are, missing, run, scales, settle
 from otnn.attacks.objective import Objective, check_norm
+from otnn.attacks.step import check_count
 from otnn.batches import spread
 from otnn.errors import InputError
 from otnn.memory import MEMORY_BUDGET
@@ -72,10 +73,15 @@ def carlini_wagner(
     """
     foolbox = _foolbox()
     _only("carlini_wagner", norm, ("l2",), loss, ("margin",))
+    check_count("steps", steps)
+    check_count("searches", searches)
     rate = step_size if box else step_size / _WIDE
+    # A first c of 1 is near the least that wins in these units: long steps in the box cross by overshooting, and the
+    # search then goes on below it, where nothing wins
+    first = 10.0 if box else 1.0
     attack = foolbox.attacks.L2CarliniWagnerAttack(
         # stopping early looks at the sum of the losses of all samples, and so would make them depend on each other
-        binary_search_steps=searches, steps=steps, stepsize=rate, initial_const=1.0, abort_early=False
+        binary_search_steps=searches, steps=steps, stepsize=rate, initial_const=first, abort_early=False
     )  # fmt: skip
     bounds = (0.0, 1.0) if box else (-_WIDE, _WIDE)
     return _minimal(
@@ -132,6 +138,7 @@ def deepfool(
     """
     foolbox = _foolbox()
     _only("deepfool", norm, ("l2", "linf"), loss, ("margin", "cross_entropy"))
+    check_count("steps", steps)
     if candidates < 2:
         raise InputError(f"candidates: expected at least 2 classes, the label's and a rival's, got {candidates}")
     kind = foolbox.attacks.L2DeepFoolAttack if norm == "l2" else foolbox.attacks.LinfDeepFoolAttack
@@ -190,6 +197,7 @@ def ddn(
     """
     foolbox = _foolbox()
     _only("ddn", norm, ("l2",), loss, ("margin", "cross_entropy"))
+    check_count("steps", steps)
     attack = foolbox.attacks.DDNAttack(init_epsilon=radius, steps=steps, gamma=gamma)
     return _minimal(
         attack, model, inputs, labels, targeted=targeted, loss=loss, box=box, duel=loss == "margin",
@@ -248,6 +256,7 @@ def fmn(
     """
     foolbox = _foolbox()
     _only("fmn", norm, ("l2", "linf"), loss, ("margin",))
+    check_count("steps", steps)
     kind = _projecting(foolbox, box) if norm == "l2" else foolbox.attacks.LInfFMNAttack
     attack = kind(steps=steps, max_stepsize=step_size, gamma=gamma)
     return _minimal(
@@ -276,6 +285,7 @@ def _minimal(
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
     plain = foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification
     nearly = _nearly(foolbox)
+    inputs = inputs.detach()
     bounds = bounds or ((0.0, 1.0) if box else (-torch.inf, torch.inf))
 
     def chunk(index: Tensor) -> Tensor:

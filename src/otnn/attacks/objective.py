@@ -126,13 +126,17 @@ class Objective:
     def gradients(
         self, images: Tensor, index: Tensor, function: Callable[[Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Values (m,) of any function of class scores and samples, and their gradients (m, ...) at the images."""
+        """Values (m,) of any function of class scores and samples, and their gradients (m, ...) at the images.
+
+        Raises:
+            InputError: no gradient reaches the images.
+        """
         values, gradients = [], []
         with torch.enable_grad(), parametrize.cached():
             for part, rows in zip(images.split(self.batch), index.split(self.batch), strict=True):
                 leaf = part.detach().requires_grad_()
                 value = function(self.logits(leaf), rows)
-                gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
+                gradients.append(slope_of(value.sum(), leaf))
                 values.append(value.detach())
         return torch.cat(values), torch.cat(gradients)
 
@@ -155,6 +159,29 @@ class Objective:
         return class_scores(outputs)
 
 
+def slope_of(value: Tensor, leaf: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """The gradient of a value at images, which must lead to it by a graph; the graph is kept if `gradient` is given.
+
+    Args:
+        value: a number, or of any shape if `gradient` is given.
+        leaf: the images.
+        gradient: that which comes from behind, in the shape of the value.
+
+    Raises:
+        InputError: no graph leads from the images to the scores, so that no attack along gradients means anything.
+    """
+    found = None
+    if value.requires_grad:
+        keep = gradient is not None
+        found = torch.autograd.grad(value, leaf, gradient, retain_graph=keep, allow_unused=True)[0]
+    if found is None:
+        raise InputError(
+            "model: no gradient of its scores reaches the inputs, under torch.inference_mode(), or because the model "
+            "detaches them; remove that, or search without gradients (otnn.attacks.ATTACKS['square'])"
+        )
+    return found
+
+
 def check_norm(norm: str) -> None:
     """Refuse a norm that no attack knows.
 
@@ -175,7 +202,10 @@ def radii_of(radius: float | Tensor, inputs: Tensor) -> Tensor:
         >>> radii_of(0.5, torch.zeros(2, 3))
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    radii = torch.as_tensor(radius, dtype=torch.float64)
+    try:
+        radii = torch.as_tensor(radius, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"radius: expected a number, or one for each sample, got {radius!r}") from None
     if radii.ndim == 0:
         radii = radii.expand(len(inputs))
     if radii.shape != (len(inputs),):

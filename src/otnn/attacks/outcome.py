@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from otnn.attacks.objective import Objective, distances
+from otnn.attacks.objective import Objective, check_norm, distances
 from otnn.errors import InputError
 from otnn.memory import MEMORY_BUDGET
 
@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         model: see `Objective`.
-        inputs: (n, ...).
+        inputs: (n, ...) finite; in [0, 1] if `box`.
         labels: (n,) the true classes, or the targets.
         adversarial: (n, ...) what the attack returned.
         norm: "l2" or "linf", of the distances.
@@ -67,7 +67,11 @@ def evaluate(
         >>> found.success, found.distance, found.accuracy([0.5, 0.75])
         (tensor([True]), tensor([0.7500], dtype=torch.float64), [1.0, 0.0])
     """
-    objective = Objective(model, inputs, labels, targeted=targeted, memory_budget=memory_budget)
+    objective = Objective(model, inputs, labels, targeted=targeted, box=box, memory_budget=memory_budget)
+    check_norm(norm)
+    if not isinstance(adversarial, Tensor):
+        raise InputError(f"adversarial: expected a tensor, got {type(adversarial).__name__}")
+    inputs, adversarial = inputs.detach(), adversarial.detach()
     if adversarial.shape != inputs.shape or adversarial.dtype != inputs.dtype:
         raise InputError(
             f"adversarial: expected {tuple(inputs.shape)} of {inputs.dtype}, got {tuple(adversarial.shape)} of "

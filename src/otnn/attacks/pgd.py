@@ -27,15 +27,17 @@ def pgd(
     restarts: int = 1,
     step_size: float | None = None,
     momentum: float = 0.0,
+    one_step: bool = True,
     generator: torch.Generator | None = None,
     memory_budget: float = MEMORY_BUDGET,
 ) -> Tensor:
     """Steps x_(k+1) = P(x_k + a v_k / ||v_k||), v_k = momentum v_(k-1) + g_k / ||g_k||, P the projection on the ball.
 
     The first start is the input, all others are uniform in the ball. The point with the largest margin is returned, of
-    all steps, all starts and the plain gradient step of the length of the radius, so that the attack is never weaker
-    than that step. A sample that is won is not evaluated again. The cost is at most 2 + steps forwards and 1 + steps
-    backwards, and for each further start 1 + steps forwards and steps backwards.
+    all steps, all starts and, if `one_step`, the plain gradient step of the length of the radius, so that the attack is
+    never weaker than that step. Where the attack is measured against that step, it must do without. A sample that is
+    won is not evaluated again. The cost is at most 2 + steps forwards and 1 + steps backwards, and for each further
+    start 1 + steps forwards and steps backwards.
 
     Args:
         model: see `Objective`.
@@ -50,6 +52,7 @@ def pgd(
         restarts: starts, >= 1.
         step_size: a as a share of the radius, > 0; 2.5 / steps by default.
         momentum: in [0, 1].
+        one_step: whether the plain gradient step is tried first.
         generator: draws the starts; by default one seeded with 0.
         memory_budget: bytes.
 
@@ -79,7 +82,7 @@ def pgd(
     if not 0 <= momentum <= 1:
         raise InputError(f"momentum: expected a number in [0, 1], got {momentum}")
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    radii = radii_of(radius, inputs)
+    radii, inputs = radii_of(radius, inputs), inputs.detach()
     generator = generator or torch.Generator().manual_seed(0)
 
     index = torch.arange(len(inputs), device=inputs.device)
@@ -96,7 +99,7 @@ def pgd(
         open_[index[won]] = False
 
     index = index[open_]
-    if len(index):
+    if one_step and len(index):
         points = take_step(objective, inputs[index], gradient[index], radii[index], norm)
         offer(points, objective.scores(points), index)
     for restart in range(restarts):

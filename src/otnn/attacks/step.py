@@ -60,7 +60,7 @@ def gradient_step(
     """
     check_norm(norm)
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    radii = radii_of(radius, inputs)
+    radii, inputs = radii_of(radius, inputs), inputs.detach()
     index = torch.arange(len(inputs), device=inputs.device)
     scores, gradient = look(objective, inputs, index)
     stays = objective.won(scores, index)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -199,21 +200,26 @@ def attack_tables(content: dict[str, Any]) -> list[Table]:
 
 
 def _attacked_table(content: dict[str, Any], name: str) -> Table:
-    """Radii against the attacks on one network."""
+    """The attacks on one network against radii."""
     from otnn.report import words
 
     network = content["networks"][name]
     norm = {"l2": "L2", "linf": "largest"}[content["norm"]]
     where = f"{norm} norm, {'in the box [0, 1]' if content['box'] else 'no box'}, {content['samples']} images"
-    table = Table("radius", title=f"{_title(name)}: % right within a radius; {where}")
+    # narrow, so that usual radii fit 80 columns
+    title = f"{_title(name)}: % right within a radius; {where}"
+    table = Table("radius", title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.columns[0].no_wrap, table.min_width = True, min(len(title), 78)
     columns = {"certified": network["certified"]}
     columns |= {words.attack(attack): told["accuracy"] for attack, told in network["attacks"].items()}
     columns["best attack"] = network["best"]["accuracy"]
-    for column in columns:
+    for radius in content["radii"]:
+        short = f"{radius:.3f}".rstrip("0").rstrip(".")
+        table.add_column(short if float(short) or not radius else f"{radius:.1g}", justify="right", no_wrap=True)
+    for column, shares in columns.items():
         bold = "bold" if column in ("certified", "best attack") else ""
-        table.add_column(column, justify="right", style=bold, min_width=5)
-    for radius, *shares in zip(content["radii"], *columns.values(), strict=True):
-        table.add_row(f"{radius:.4g}", *(f"{100 * share:.1f}" for share in shares))
+        cells = (f"{100 * share:.1f}" if share < 1 else "100" for share in shares)
+        table.add_row(column, *cells, style=bold)
     return table
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -94,7 +95,8 @@ def attack_run(
     images, labels = dataset.test.images[index].to(device), dataset.test.labels[index].to(device)
     how = {"norm": norm, "loss": loss, "box": box}
     own: dict[str, dict[str, Any]] = {name: {"loss": kept} for name, kept in OWN_LOSS.items()}
-    own["pgd"] = {"steps": steps}
+    # without the gradient step itself, against which it is checked and its direction is compared
+    own["pgd"] = {"steps": steps, "one_step": False}
     others = [one for one in product(LOSSES, (False, True)) if one != (loss, box)] if settings and norm == "l2" else []
     each = sum(runs(ATTACKS[name], grid) for name in chosen)
     networks = {name: run.network(name, device) for name in run.networks}
@@ -124,7 +126,7 @@ def attack_run(
         **how,
         "steps": steps,
         "radii": grid,
-        "versions": versions(),
+        "versions": versions() | _libraries(chosen),
         "images": index.tolist(),
         "attacks": {
             name: {
@@ -203,6 +205,11 @@ def _reason(name: str, norm: str) -> str | None:
 
 def _passes(name: str, steps: int) -> str:
     return f"{steps} steps a radius, 1 start" if name == "pgd" else ATTACKS[name].passes
+
+
+def _libraries(names: Sequence[str]) -> dict[str, str]:
+    """The versions of the libraries that attacks come from."""
+    return {source: version(source) for source in sorted({ATTACKS[name].source for name in names} - {"otnn"})}
 
 
 def _grid(radii: Sequence[float], norm: str, values: int) -> list[float]:

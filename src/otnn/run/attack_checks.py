@@ -49,7 +49,7 @@ def clean_at_zero(network: Json, content: Json) -> tuple[bool, str]:
 
 
 def pgd_beats_one_step(network: Json, content: Json) -> tuple[bool | None, str]:
-    """PGD turns at least as many as its first step alone."""
+    """PGD, which is run without it, turns at least as many as one step of the whole length."""
     if not {"pgd", ONE_STEP} <= set(network["attacks"]):
         return None, f"pgd or {ONE_STEP} was not run"
     many, one = (network["attacks"][name]["accuracy"] for name in ("pgd", ONE_STEP))

@@ -160,11 +160,15 @@ class Victim:
         norm, box = self.settings["norm"], self.settings["box"]
         outcome = evaluate(self.model, images, labels, points, norm=norm, box=box)
         success, distance = outcome.success.clone(), outcome.distance
-        near = (success & (distance < self.radius[index])).nonzero().squeeze(1)
+        # the exact map may be turned where float32 is not: its radius would be as wrong
+        moved = outcome.finite & (distance > 0) & (distance < self.radius[index])
+        if box:
+            moved &= ((points >= 0) & (points <= 1)).flatten(1).all(dim=1)
+        near = moved.nonzero().squeeze(1)
         if len(near):
             exact = evaluate(self._exact, images[near].double(), labels[near], points[near].double(), norm=norm)
             found.below += int(exact.success.sum())
-            found.rounding += int((~exact.success).sum())
+            found.rounding += int((success[near] & ~exact.success).sum())
             success[near] = exact.success
         found.not_finite += int((~outcome.finite).sum())
         better = success & (distance < found.distance[index])

@@ -1,0 +1,181 @@
+"""What every attack of the table owes its user, whatever library it comes from."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from otnn.attacks import ATTACKS, evaluate, pgd
+from otnn.attacks.step import gradient_step
+from otnn.errors import InputError
+
+# minimal_norm does not detach its inputs yet
+DETACHED = [name for name in ATTACKS if name != "minimal"]
+
+
+def dense(outputs: int = 3) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, outputs)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    return model
+
+
+def pictures(count: int = 4) -> Tensor:
+    return torch.rand(count, 2, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+def attack(name: str, model: nn.Module, inputs: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    entry = ATTACKS[name]
+    known = inspect.signature(entry.function).parameters
+    few = {key: value for key, value in {"steps": 20, "queries": 50, "searches": 2}.items() if key in known}
+    limit = () if entry.minimal else (3.0,)
+    points: Tensor = entry.function(model, inputs, labels, *limit, **{**few, **settings})
+    return points
+
+
+@pytest.fixture(autouse=True)
+def libraries() -> None:
+    pytest.importorskip("foolbox")
+    pytest.importorskip("pyautoattack")
+
+
+class Changed(nn.Module):
+    """A network whose scores, or inputs, are changed."""
+
+    def __init__(self, scores: Callable[[Tensor], Tensor], inputs: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.network, self.scores, self.inputs = dense(), scores, inputs
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.network(self.inputs(images))
+        return self.scores(scores)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_layout_of_the_images_in_memory_does_not_matter(name: str) -> None:
+    model, x = dense(), pictures()
+    labels = model(x).argmax(dim=1)
+    strided = x.to(memory_format=torch.channels_last)
+    assert not strided.is_contiguous()
+    for box in (False, True):
+        expected = attack(name, model, x, labels, box=box)
+        found = attack(name, model, strided, labels, box=box)
+        # sums in another order: the same attack up to rounding
+        assert torch.allclose(found, expected, atol=1e-3), box
+
+
+@pytest.mark.parametrize("name", DETACHED)
+def test_points_carry_no_graph(name: str) -> None:
+    model, x = dense(), pictures()
+    labels = model(x).argmax(dim=1)
+    for inputs in (x, x.clone().requires_grad_()):
+        found = attack(name, model, inputs, labels)
+        assert not found.requires_grad
+        outcome = evaluate(model, inputs, labels, found)
+        assert outcome.success.all()
+        assert not outcome.distance.requires_grad
+        assert inputs.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "square"])
+def test_a_model_without_gradients_is_refused(name: str) -> None:
+    """An attack that stands still would be taken for a robust network."""
+    x = pictures()
+    labels = dense()(x).argmax(dim=1)
+    for model in (Changed(lambda z: z.detach()), Changed(lambda z: z, lambda x: x.detach())):
+        with pytest.raises(InputError, match="no gradient of its scores reaches the inputs"):
+            attack(name, model, x, labels)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        attack(name, dense(), x, labels)
+
+
+def test_square_searches_where_there_is_no_gradient() -> None:
+    x = pictures()
+    labels = dense()(x).argmax(dim=1)
+    model = Changed(lambda z: (64 * z).round() / 64)
+    found = attack("square", model, x, labels, queries=200)
+    assert evaluate(model, x, labels, found).success.all()
+    step = gradient_step(model, x, labels, 3.0)
+    assert not evaluate(model, x, labels, step).success.any()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_no_success(name: str, value: float) -> None:
+    x = pictures()
+    labels = dense()(x).argmax(dim=1)
+    for model in (Changed(lambda z: z * value), Changed(lambda z: torch.where(z == z.amax(), value, z))):
+        outcome = evaluate(model, x, labels, attack(name, model, x, labels))
+        assert not (outcome.success & ~outcome.finite).any()
+    assert not outcome.success.all() or outcome.finite.all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_counts_below_one_are_refused(name: str) -> None:
+    model, x = dense(), pictures()
+    labels = model(x).argmax(dim=1)
+    known = inspect.signature(ATTACKS[name].function).parameters
+    for count in ("steps", "restarts", "queries", "searches", "iterations", "starts"):
+        for wrong in (0, 2.5, True):
+            if count in known:
+                with pytest.raises(InputError, match=f"{count}: expected an integer >= 1"):
+                    attack(name, model, x, labels, **{count: wrong})
+
+
+@pytest.mark.parametrize("radius", ["a", None, [0.5, "b"]])
+def test_a_radius_that_is_no_number_is_refused(radius: Any) -> None:
+    model, x = dense(), pictures()
+    with pytest.raises(InputError, match="radius: expected a number"):
+        gradient_step(model, x, model(x).argmax(dim=1), radius)
+
+
+def test_evaluate_refuses_what_it_cannot_judge() -> None:
+    model, x = dense(), pictures()
+    labels = model(x).argmax(dim=1)
+    with pytest.raises(InputError, match=r"expected values in \[0, 1\]"):
+        evaluate(model, x + 1, labels, x, box=True)
+    with pytest.raises(InputError, match="adversarial: expected a tensor, got list"):
+        evaluate(model, x, labels, x.tolist())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="norm: expected one of"):
+        evaluate(model, x, labels, x, norm="l1")
+
+
+def test_pgd_without_the_step_goes_its_own_way() -> None:
+    """On a boundary that bends, PGD follows the bend; with the step first it stands where the step does."""
+
+    class Bent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:  # the gradient at 0 is along x_0, then x_1 counts more and more
+            lead = 1 - x[:, 0] - 4 * x[:, 0] * x[:, 1] - 0.01 * x[:, 1]
+            return torch.stack([lead, torch.zeros_like(lead)], dim=1)
+
+    model, x, labels = Bent().eval(), torch.zeros(1, 2), torch.tensor([0])
+    step = gradient_step(model, x, labels, 1.5)
+    assert torch.equal(pgd(model, x, labels, 1.5), step)
+    own = pgd(model, x, labels, 1.5, steps=20, one_step=False)
+    assert evaluate(model, x, labels, own).success.all()
+    assert float(own[0, 1]) > 0.1 * float(own[0, 0])
+    assert float(step[0, 1]) < 0.011 * float(step[0, 0])
+
+
+def test_carlini_wagner_in_the_box_is_as_near_as_foolbox_called_by_hand() -> None:
+    import foolbox
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = 0.25 + torch.rand(10, 1, 8, 8) / 2
+    labels = model(x).argmax(dim=1)
+    by_hand = foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=6, steps=80, stepsize=0.03, abort_early=False)
+    points = by_hand.run(foolbox.PyTorchModel(model, bounds=(0, 1)), x, foolbox.criteria.Misclassification(labels))
+    theirs = evaluate(model, x, labels, points.clamp(0, 1), box=True)
+    ours = evaluate(
+        model, x, labels, attack("carlini_wagner", model, x, labels, box=True, steps=80, searches=6), box=True
+    )
+    assert ours.success.all()
+    # it was 1.35 times as far with a first constant of 1
+    assert float(ours.distance.median()) < 1.05 * float(theirs.distance.median())
