@@ -12,9 +12,6 @@ from otnn.attacks import ATTACKS, evaluate, pgd
 from otnn.attacks.step import gradient_step
 from otnn.errors import InputError
 
-# minimal_norm does not detach its inputs yet
-DETACHED = [name for name in ATTACKS if name != "minimal"]
-
 
 def dense(outputs: int = 3) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
@@ -69,7 +66,7 @@ def test_the_layout_of_the_images_in_memory_does_not_matter(name: str) -> None:
         assert torch.allclose(found, expected, atol=1e-3), box
 
 
-@pytest.mark.parametrize("name", DETACHED)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_points_carry_no_graph(name: str) -> None:
     model, x = dense(), pictures()
     labels = model(x).argmax(dim=1)

@@ -94,6 +94,7 @@ def minimal_norm(
     scores, gradient = look(objective, inputs, index, objective.margin)
     clear = clearance(scores, gradient, inputs)
     index = index[~objective.won(scores, index)]
+    inputs = inputs.detach()
     best = inputs.clone()
     if not len(index):
         return best

@@ -38,7 +38,7 @@ class Attack:
 OWN: Mapping[str, Attack] = {
     "step": Attack(gradient_step, False, NORMS, "otnn", False, "1 forward, 1 backward"),
     "pgd": Attack(pgd, False, NORMS, "otnn", True, "up to 42 forwards, 41 backwards"),
-    "minimal": Attack(minimal_norm, True, NORMS, "otnn", False, "some 300 forwards, 50 backwards on ten classes"),
+    "minimal": Attack(minimal_norm, True, NORMS, "otnn", False, "some 100 forwards, 35 backwards on ten classes"),
 }
 # Those of foolbox and pyautoattack import their library when they are called
 RIVALS: Mapping[str, Attack] = {

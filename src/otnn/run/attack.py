@@ -22,6 +22,7 @@ from otnn.run.attack_checks import check_all
 from otnn.run.attack_figures import collapse_figures, network_figures
 from otnn.run.attack_words import verdict
 from otnn.run.attacked import Found, Victim, runs
+from otnn.run.black_box import search_left
 from otnn.run.corruptions import CORRUPTIONS, NOTE, corrupted_accuracy
 from otnn.run.folder import Run
 from otnn.run.progress import tasks_bar
@@ -101,11 +102,13 @@ def attack_run(
     each = sum(runs(ATTACKS[name], grid) for name in chosen)
     networks = {name: run.network(name, device) for name in run.networks}
     told: dict[str, Any] = {}
-    with tasks_bar(f"attacking {run.path.name}", (len(networks) + len(others)) * each + len(CORRUPTIONS)) as begin:
+    tasks = len(networks) * (each + 1) + len(others) * each + len(CORRUPTIONS)
+    with tasks_bar(f"attacking {run.path.name}", tasks) as begin:
         for name, model in networks.items():
             victim = Victim(name, model, images, labels, how)
             found = _all(victim, chosen, grid, seed, own, begin)
-            told[name] = network_figures(victim, found, grid)
+            left = search_left(victim, found, grid, seed, partial(_tell, begin, victim, "square"))
+            told[name] = network_figures(victim, found, grid, left)
         collapses: list[dict[str, Any]] = []
         for other_loss, other_box in others:
             victim = Victim(
@@ -226,7 +229,11 @@ def _all(
     own: dict[str, dict[str, Any]],
     begin: Callable[[str], None],
 ) -> dict[str, Found]:
-    def tell(name: str, text: str) -> None:
-        begin(f"{victim.name}: {words.attack(name)} {text}".rstrip())
+    return {
+        name: victim.run(ATTACKS[name], grid, seed, own.get(name, {}), partial(_tell, begin, victim, name))
+        for name in names
+    }
 
-    return {name: victim.run(ATTACKS[name], grid, seed, own.get(name, {}), partial(tell, name)) for name in names}
+
+def _tell(begin: Callable[[str], None], victim: Victim, name: str, text: str) -> None:
+    begin(f"{victim.name}: {words.attack(name)} {text}".rstrip())

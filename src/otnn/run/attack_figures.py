@@ -14,13 +14,16 @@ from otnn.run.standings import number
 QUANTILES = (0.05, 0.5, 0.95)
 
 
-def network_figures(victim: Victim, found: Mapping[str, Found], radii: Sequence[float]) -> dict[str, Any]:
+def network_figures(
+    victim: Victim, found: Mapping[str, Found], radii: Sequence[float], left: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A network with every attack on it.
 
     Args:
         victim: the network.
         found: by attack.
         radii: ascending, from 0.
+        left: of `search_left`.
     """
     attacks = {name: _attack_figures(victim, one, radii, ATTACKS[name].minimal) for name, one in found.items()}
     distances = torch.stack([one.distance for one in found.values()])
@@ -44,6 +47,7 @@ def network_figures(victim: Victim, found: Mapping[str, Found], radii: Sequence[
             "nearest": dict(zip(found, first, strict=True)),
         },
         "at_largest": float((victim.right & ~at_largest).double().mean()),
+        "left": left,
     }
 
 
