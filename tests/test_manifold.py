@@ -14,12 +14,12 @@ from otnn.manifold import (
     Stiefel,
     UnitInterval,
     UnitRows,
-    _series,
     constrained_parameters,
     keep_on_manifold,
     retract_parameters,
 )
 from otnn.nn import MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
+from otnn.polar import gram_excess, series, to_polar_
 
 SHAPES = [(3, 5), (5, 3), (4, 4), (1, 7), (7, 1), (1, 1), (2, 3, 6), (2, 6, 3), (2, 2, 4, 4)]
 # ||G - I||_F of an orthogonal matrix rounded to its dtype: a few units in the last place times the root of its rows
@@ -73,11 +73,31 @@ def test_terms_below_a_power_leave_less_than_that_power(order: int, reach: float
     # the retraction counts on it: of the Gram matrix I + E, p (I + E) p - I has eigenvalues within reach^order
     basis, excess = polar(gaussian(7, 7)), torch.linspace(-reach, reach, 7, dtype=torch.float64)
     matrix = basis * excess @ basis.mT
-    factor = torch.eye(7).double() + _series(matrix, None, order)
+    factor = torch.eye(7).double() + series(matrix, matrix @ matrix, order)
     left = factor @ (torch.eye(7).double() + matrix) @ factor - torch.eye(7).double()
     found = float(torch.linalg.matrix_norm(left, 2))
     assert 0.3 * reach**order - 1e-14 < found < reach**order + 1e-14  # a term too few or too many leaves neither
-    assert torch.equal(_series(matrix, matrix @ matrix, order), _series(matrix, None, order))
+
+
+@pytest.mark.parametrize("stretch", [0.7, 0.8, 1.2, 1.25])
+def test_what_all_rows_share_costs_no_second_gram_matrix(stretch: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A common factor, which the series of E alone would need several rounds for, is taken out exactly."""
+    made = []
+
+    def counted(wide: Tensor) -> Tensor:
+        made.append(wide)
+        return gram_excess(wide)
+
+    monkeypatch.setattr("otnn.polar.gram_excess", counted)
+    start = polar(gaussian(3, 4, 9))
+    stretches = stretch * torch.tensor([1.0, 1.01, 0.99]).double().view(3, 1, 1)
+    for noise, dtype, tolerance in ((1e-4, torch.float64, 1e-15), (1e-3, torch.float32, 1e-6)):
+        point = (stretches * start + noise * gaussian(3, 4, 9, seed=1)).to(dtype)
+        expected = polar(point.double())
+        made.clear()
+        to_polar_(point)
+        assert (point - expected).abs().max() < 4 * tolerance
+        assert len(made) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from otnn.polar import gram_excess, to_polar_
 from otnn.precision import in_full_precision
-
-# The series converges where |Gram - I| < 1 in the spectral norm; above this bound of it the exact factor is taken.
-_SERIES_REACH = 0.9
-# Coefficients of (1 + e)^(-1/2) = 1 + c_1 e + c_2 e^2 + ...
-_SERIES = [math.comb(2 * k, k) / (-4.0) ** k for k in range(7)]
 
 
 class Manifold(Protocol):
@@ -60,13 +56,8 @@ class Stiefel:
         tall: Tensor = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(dtype or torch.get_default_dtype())
         return tall if rows >= columns else tall.mT.contiguous()
 
-    @in_full_precision
     def retract(self, point: Tensor) -> Tensor:
-        """Return the polar factor of each matrix, to the accuracy of its dtype.
-
-        Near the manifold the series G^(-1/2) = I - E/2 + 3/8 E^2 - ..., with E = G - I, works in the small Gram matrix
-        G. It goes as far as the distance asks, up to E^6, and is repeated if that is not enough. It diverges far from
-        the manifold, so a matrix whose E may exceed 0.9 takes the exact polar factor in float64.
+        """Return the polar factor of each matrix, to the accuracy of its dtype (see `otnn.polar.to_polar_`).
 
         Args:
             point: (..., rows, columns), finite.
@@ -74,33 +65,14 @@ class Stiefel:
         Raises:
             FloatingPointError: a value is NaN or infinite.
         """
-        wide = point if point.shape[-2] <= point.shape[-1] else point.mT
-        if wide.shape[-2] == 0 or wide.numel() == 0:
-            return point
-        excess = _gram_excess(wide)
-        square: Tensor | None = excess @ excess
-        spread = torch.linalg.matrix_norm(square).sqrt()  # at least the spectral norm of E
-        farthest = float(spread.max())
-        if not farthest < _SERIES_REACH:  # also true for NaN
-            far = ~(spread < _SERIES_REACH)
-            wide = wide.clone()
-            wide[far] = _polar(wide[far])
-            return self.retract(wide if wide.shape == point.shape else wide.mT)
-        floor = torch.finfo(point.dtype).eps * math.sqrt(wide.shape[-2])
-        while farthest > floor:
-            # terms below E^k take the eigenvalues e of E below |e|^k; where 7 are too few, 5 and then a new Gram matrix
-            order = next((k for k in (3, 5, 7) if farthest**k <= floor), 5)
-            wide = wide + _series(excess, square, order) @ wide
-            farthest = farthest**order
-            if farthest > floor:
-                excess, square = _gram_excess(wide), None
-        return wide if point.shape[-2] <= point.shape[-1] else wide.mT
+        point = point.detach().clone()
+        to_polar_(_wide(point))
+        return point
 
     @in_full_precision
     def distance(self, point: Tensor) -> Tensor:
         """Return ||G - I||_F of each matrix, G the Gram matrix of the short side."""
-        wide = point if point.shape[-2] <= point.shape[-1] else point.mT
-        distance: Tensor = torch.linalg.matrix_norm(_gram_excess(wide))
+        distance: Tensor = torch.linalg.matrix_norm(gram_excess(_wide(point)))
         return distance
 
 
@@ -229,17 +201,19 @@ def retract_parameters(module: nn.Module) -> None:
         if isinstance(manifold, Stiefel):
             shape = tuple(sorted(shape[-2:]))
         groups[type(manifold), shape, parameter.dtype, parameter.device].append((name, parameter, manifold))
-    for (kind, shape, _, _), members in groups.items():
-        manifold = members[0][2]
+    for (kind, *_), members in groups.items():
         try:
             if kind is Stiefel:
-                flat = [p.view(p.shape[:-2].numel(), *p.shape[-2:]) for _, p, _ in members]
-                wide = [f if f.shape[-2:] == shape else f.mT for f in flat]
-                retracted = manifold.retract(torch.cat(wide) if len(wide) > 1 else wide[0])
-                for target, result in zip(wide, retracted.split([len(f) for f in flat]), strict=True):
-                    target.copy_(result)
+                flat = [_wide(p.view(p.shape[:-2].numel(), *p.shape[-2:])) for _, p, _ in members]
+                if len(flat) == 1:
+                    to_polar_(flat[0])
+                else:
+                    retracted = torch.cat(flat)
+                    to_polar_(retracted)
+                    for target, result in zip(flat, retracted.split([len(f) for f in flat]), strict=True):
+                        target.copy_(result)
             else:
-                for _, parameter, _ in members:
+                for _, parameter, manifold in members:
                     parameter.copy_(manifold.retract(parameter))
         except FloatingPointError as error:
             bad = _not_finite({name: parameter for name, parameter, _ in members})
@@ -358,41 +332,6 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _gram_excess(wide: Tensor) -> Tensor:
-    """G - I of the rows of (..., rows, columns)."""
-    gram = wide @ wide.mT
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return gram
-
-
-def _series(excess: Tensor, square: Tensor | None, order: int) -> Tensor:
-    """The terms of (I + E)^(-1/2) - I below E^order, of order 3, 5 or 7; `square` is E^2 if it is known.
-
-    With few products: c_1 E + c_2 E^2, and for more terms c_1 E + E^2 (c_2 + c_3 E + c_4 E^2), and so on.
-    """
-    square = excess @ excess if square is None else square
-    total = torch.add(_SERIES[order - 2] * excess, square, alpha=_SERIES[order - 1])
-    for k in range(order - 3, 0, -2):
-        total.diagonal(dim1=-2, dim2=-1).add_(_SERIES[k])
-        total = torch.add(square @ total, excess, alpha=_SERIES[k - 1])
-    return total
-
-
-def _polar(wide: Tensor) -> Tensor:
-    """Polar factor of finite matrices (batch, rows, columns), whatever their scale or rank, in float64.
-
-    The eigenvectors of the small Gram matrix give it where the matrix is well conditioned (the series polishes it
-    afterwards), the singular value decomposition elsewhere.
-    """
-    if not torch.isfinite(wide).all():
-        raise FloatingPointError("a value is NaN or infinite")
-    exact = wide.double()
-    scale = exact.abs().amax(dim=(-2, -1), keepdim=True)
-    exact = exact / torch.where(scale > 0, scale, 1.0)
-    values, vectors = torch.linalg.eigh(exact @ exact.mT)
-    if bool((values[..., 0] > 1e-8 * values[..., -1]).all()):
-        polar: Tensor = (vectors / values.sqrt().unsqueeze(-2)) @ vectors.mT @ exact
-    else:
-        u, _, vh = torch.linalg.svd(exact, full_matrices=False)
-        polar = u @ vh
-    return polar.to(wide.dtype)
+def _wide(point: Tensor) -> Tensor:
+    """Matrices with their short side first, in the same memory."""
+    return point if point.shape[-2] <= point.shape[-1] else point.mT
