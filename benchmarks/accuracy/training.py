@@ -1,0 +1,285 @@
+"""One run: a network of a library is trained, read out into plain layers and certified.
+
+Everything but the layers is the same for all libraries: the plan of the network with zero padding and otnn's MaxMin, a
+head with rows of norm 1, the loss, Adam with a one-cycle schedule, the batches of a seed, and the certificate.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
+
+import otnn
+from benchmarks.layers import nets, peers
+from benchmarks.layers.nets import FAMILIES, MAXMIN, OTNN, PLAN, TORCHLIP, ZEROS, Family, Plan, build, layers_of
+from otnn.certify import certified_accuracy, certify
+from otnn.data import load
+from otnn.errors import InputError
+from otnn.lipschitz import bound, export
+from otnn.losses import soft_hkr
+from otnn.manifold import constrained_parameters, keep_on_manifold
+from otnn.models import Classifier
+from otnn.nn import MaxMin
+
+Json = dict[str, Any]
+
+DATA, BATCH, WARMUP = "fashion-mnist", 256, 0.2
+RADII: Mapping[str, float] = {"36/255": 36 / 255, "0.5": 0.5, "1": 1.0}
+# alpha = .98 of deel-torchlip weighs Kantorovich-Rubinstein by .02 and the hinge by .98
+ALPHA, MOMENTUM = 0.98, 0.99
+# Scores of the plain network and of the one that was trained
+CLOSE, COMPARED = 1e-4, 256
+# Sources of otnn on which a run depends
+PARTS = ("nn", "lipschitz", "losses", "data", "manifold.py", "certify.py", "models.py", "potential.py")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Run:
+    """What is trained.
+
+    Attributes:
+        library: a name in `LIBRARIES`.
+        learning_rate: the peak of the schedule.
+        margin: `min_margin` of deel-torchlip's loss, half of it on each side.
+        temperature: of that loss.
+        seed: of the initial weights and the batches.
+    """
+
+    library: str
+    learning_rate: float
+    margin: float
+    temperature: float
+    seed: int
+
+
+class ReleasedHKR(nn.Module):
+    """deel-torchlip's SoftHKRMulticlassLoss, through `otnn.losses.soft_hkr`, so that no run needs that library.
+
+    Two separate hinges at half of `min_margin` with weight 49, softmax weights with a gradient, and their temperature
+    times min_margin over a running mean of |scores|, which is at least min_margin.
+
+    Args:
+        min_margin: > 0.
+        temperature: > 0.
+        classes: number of classes.
+    """
+
+    def __init__(self, min_margin: float, temperature: float, classes: int) -> None:
+        super().__init__()
+        self.min_margin, self.temperature = min_margin, temperature
+        self.scale = torch.tensor(min_margin)
+        self.equal = torch.full((classes,), 1 / classes, dtype=torch.float64)
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch and take its scores into the running mean."""
+        mean = MOMENTUM * self.scale + (1 - MOMENTUM) * scores.detach().abs().mean()
+        self.scale = mean.clamp(0.005, 1000)
+        temperature = self.temperature * self.min_margin / mean.clamp(min=self.min_margin)
+        return (1 - ALPHA) * soft_hkr(
+            scores, labels, margin=self.min_margin / 2, hinge_weight=ALPHA / (1 - ALPHA),
+            temperature=temperature.clamp(0.005, 250), priors=self.equal, hinge_form="separate", detach_weights=False,
+        )  # fmt: skip
+
+
+# --- libraries ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A library under comparison.
+
+    Attributes:
+        module: what is imported; the library is there if it is found.
+        family: its layers, with zero padding and otnn's MaxMin.
+        plain: puts a trained network into `eval()` mode, and returns the same map in plain layers.
+    """
+
+    module: str
+    family: Callable[[], Family]
+    plain: Callable[[nn.Sequential, Plan], nn.Module]
+
+
+def _otnn_plain(net: nn.Sequential, plan: Plan) -> nn.Module:
+    return export(net.eval())
+
+
+def _torchlip_family() -> Family:
+    return dataclasses.replace(nets.families()[TORCHLIP], activation=MaxMin)
+
+
+@torch.no_grad()
+def _torchlip_plain(net: nn.Sequential, plan: Plan) -> nn.Module:
+    """Its evaluation weights are those of the last forward pass in training, a step behind: computed once more here."""
+    net.train()
+    for layer in layers_of(net):
+        _ = layer.weight
+    return peers.torchlip_exported(net)
+
+
+@torch.no_grad()
+def _orthogonium_plain(net: nn.Sequential, plan: Plan) -> nn.Module:
+    net.eval()
+    plain = build(FAMILIES[MAXMIN], plan)
+    for empty, layer in zip(layers_of(plain), layers_of(net), strict=True):
+        empty.weight.copy_(layer.weight)
+        empty.bias.copy_(layer.bias)
+    return plain.eval()
+
+
+LIBRARIES: Mapping[str, Library] = {
+    OTNN: Library("otnn", lambda: FAMILIES[OTNN], _otnn_plain),
+    TORCHLIP: Library("deel", _torchlip_family, _torchlip_plain),
+    "orthogonium": Library("orthogonium", lambda: nets.families()[ZEROS], _orthogonium_plain),
+}
+
+
+def installed() -> list[str]:
+    """The libraries that can be imported here."""
+    return [name for name, library in LIBRARIES.items() if find_spec(library.module) is not None]
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images (n, channels, height, width) in [0, 1] with their labels, and the number of classes."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+
+
+@lru_cache(maxsize=1)
+def data(data_dir: Path | None) -> Data:
+    """All training images (nothing is chosen by a validation split) and all test images.
+
+    Raises:
+        InputError: fewer training images than a batch, or images that are not square.
+    """
+    found = load(DATA, data_dir=data_dir)
+    images = torch.cat([found.train.images, found.validation.images])
+    labels = torch.cat([found.train.labels, found.validation.labels])
+    if len(images) < BATCH:
+        raise InputError(f"{DATA}: expected at least the {BATCH} training images of a batch, got {len(images)}")
+    if images.shape[2] != images.shape[3]:
+        raise InputError(f"{DATA}: expected square images, got {images.shape[2]}x{images.shape[3]}")
+    return Data(images, labels, found.test.images, found.test.labels, len(found.classes))
+
+
+def measured(run: Run, data_dir: Path | None, epochs: int, limit: int | None = None) -> Json:
+    """Train and certify; what is told of a run.
+
+    Args:
+        run: what is trained.
+        data_dir: where the data lie.
+        epochs: how often every image is seen.
+        limit: stop after so many steps of the schedule; None goes through.
+
+    Returns:
+        The settings with "clean" and "certified" accuracy, "mean radius" over all test images (0 where the prediction
+        is wrong), "bounds" of the layers before the head, their product "bound", the largest "difference" between the
+        scores of the trained and the plain network, and CPU "seconds" of training; or, where the loss became NaN or
+        infinite, "diverged".
+
+    Raises:
+        ArithmeticError: the plain network computes something else than the trained one.
+    """
+    given, library = data(data_dir), LIBRARIES[run.library]
+    shape = tuple(given.images.shape[1:])
+    plan = dataclasses.replace(PLAN, pixels=shape[1], channels=shape[0], classes=given.classes)
+    row: Json = dataclasses.asdict(run)
+    start = time.process_time()
+    net = build(library.family(), plan, run.seed)
+    nets.to_format(net, torch.channels_last)
+    try:
+        train(net, given, run, epochs, limit)
+    except FloatingPointError as error:
+        return {**row, "diverged": str(error)}
+    row["seconds"] = round(time.process_time() - start, 2)
+    plain = library.plain(net, plan)
+    with torch.no_grad():
+        few = given.test_images[:COMPARED]
+        row["difference"] = float((plain(few) - net(few)).abs().max())
+    if not row["difference"] <= CLOSE:
+        raise ArithmeticError(f"{run}: the plain network's scores differ by {row['difference']:.1e}")
+    body, head = plain[:-1], plain[-1]  # type: ignore[index]
+    return {**row, **figures(Classifier(body, head, shape).eval(), given.test_images, given.test_labels)}
+
+
+def train(net: nn.Sequential, given: Data, run: Run, epochs: int, limit: int | None = None) -> None:
+    """Train a network in place.
+
+    Raises:
+        FloatingPointError: the loss or a weight became NaN or infinite.
+    """
+    loss = ReleasedHKR(run.margin, run.temperature, given.classes)
+    optimizer = Adam(net.parameters(), run.learning_rate)
+    if any(True for _ in constrained_parameters(net)):
+        keep_on_manifold(optimizer, net)
+    per_epoch = len(given.images) // BATCH
+    schedule = OneCycleLR(optimizer, run.learning_rate, total_steps=epochs * per_epoch, pct_start=WARMUP)
+    generator = torch.Generator().manual_seed(run.seed)
+    net.train()
+    step = 0
+    for _ in range(epochs):
+        order = torch.randperm(len(given.images), generator=generator)
+        for index in order[: per_epoch * BATCH].split(BATCH):
+            if step == limit:
+                return
+            step += 1
+            optimizer.zero_grad()
+            images = given.images[index].contiguous(memory_format=torch.channels_last)
+            value = loss(net(images), given.labels[index])
+            if not math.isfinite(float(value.detach())):
+                raise FloatingPointError(f"the loss became {float(value.detach())} at step {step}")
+            value.backward()
+            optimizer.step()
+            schedule.step()
+    for name, parameter in net.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"{name} became NaN or infinite in the last step")
+
+
+def figures(model: Classifier, images: Tensor, labels: Tensor) -> Json:
+    """Accuracies, mean radius and bounds of a plain network, by `otnn.certify`.
+
+    The radius is the smallest (z_y - z_j) / (L ||w_y - w_j||) over the rivals j, L the product of the proven bounds of
+    the layers before the head at their image sizes.
+    """
+    certificate = certify(model, images)
+    right = certificate.prediction == labels
+    held = certified_accuracy(certificate, labels, list(RADII.values()))
+    body = bound(model.body, model.input_shape)
+    weighted = {name for name, layer in model.body.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    return {
+        "clean": float(right.double().mean()),
+        "certified": dict(zip(RADII, held.values(), strict=True)),
+        "mean radius": float(torch.where(right, certificate.radius, 0.0).mean()),
+        "bounds": [constant for name, constant in body.layers if name in weighted],
+        "bound": body.constant,
+    }
+
+
+def code_digest() -> str:
+    """The SHA-256 of the sources that a run depends on."""
+    root = Path(otnn.__file__).parent
+    files = []
+    for part in PARTS:
+        files += sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
+    digest = sha256()
+    for file in [*files, Path(nets.__file__), Path(peers.__file__), Path(__file__)]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
