@@ -33,6 +33,7 @@ from otnn.run import attack as stage
 from otnn.run import attacked, config
 from otnn.run.attack import attack_run
 from otnn.run.attack_checks import CHECKS, check_all
+from otnn.run.attack_words import verdict
 from otnn.run.attacked import Found, Victim
 from otnn.run.black_box import search_left
 from otnn.run.corruptions import CORRUPTIONS
@@ -283,6 +284,17 @@ def test_a_planted_fault_fails_its_check(
     if what == "NaN":
         rows = [row for row in content["checks"] if row["check"] == "finite scores"]
         assert "step" in rows[0]["detail"]
+
+
+def test_the_gap_of_the_audit_stands_beside_the_collapse(told: Told) -> None:
+    assert told[1]["audit"] is None
+    content = copy.deepcopy(told[1]) | {
+        "audit": {"train": {"gap": 0.1, "potentials": 1}, "test": {"gap": 0.25, "potentials": 1}}
+    }
+    sentence = "The audit found it short of that optimum by 10.0% on the training images and 25.0% on the test images"
+    after = [sentence in each for each in verdict(content)].index(True)
+    assert verdict(content)[after - 1].startswith("Attacks on the OTNN")
+    assert not any("audit" in each for each in told[1]["verdict"])
 
 
 def test_the_search_is_tried_on_what_is_left_and_on_nothing_else(told: Told) -> None:

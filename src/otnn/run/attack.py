@@ -143,6 +143,7 @@ def attack_run(
         "skipped": skipped,
         "networks": told,
         "settings": collapses,
+        "audit": run.results().get("audit"),
         "corruptions": {"note": NOTE, "rows": corrupted},
     }
     content["checks"] = check_all(content)

@@ -42,8 +42,19 @@ def _collapse(content: dict[str, Any]) -> list[str]:
     ideal = "" if content["box"] else " (both 1 at the optimum of its loss)"
     return [
         "Attacks on the OTNN, median cosine with its gradient and median distance over certified radius"
-        f"{ideal}: {figures}."
+        f"{ideal}: {figures}.",
+        *_short_of_it(content["audit"]),
     ]
+
+
+def _short_of_it(audit: dict[str, Any] | None) -> list[str]:
+    """How far from that optimum the network is, where the run was audited."""
+    gaps = {split: told["gap"] for split, told in (audit or {}).items() if told["gap"] is not None}
+    if not gaps:
+        return []
+    images = {"train": "training images", "test": "test images"}
+    told = " and ".join(f"{gap:.1%} on the {images[split]}" for split, gap in gaps.items())
+    return [f"The audit found it short of that optimum by {told}, of W1 and in the median."]
 
 
 def _sizes(content: dict[str, Any]) -> str:
