@@ -592,6 +592,11 @@ def test_the_report_shows_attacks_and_shouts_where_a_check_failed(whole: Path) -
     otnn = content["networks"]["otnn"]
     assert radii.radii[1][1][:2] == [words.percent(otnn["certified"][1]), words.percent(otnn["best"]["accuracy"][1])]
     assert f"Share of the pictures that are right within a radius ({radii.norm})" in page
+    row = content["corruptions"]["rows"][0]
+    name, size, cells = radii.corruptions[0]
+    assert (name, size) == ("gaussian noise, deviation 0.05", f"{row['mean_size']:.2f}")
+    assert cells == [words.percent(row["accuracy"][network]) for network in content["networks"]]
+    assert f'<th scope="row">{name}</th><td class="number">{size}</td><td class="number">{cells[0]}</td>' in page
     content["networks"]["otnn"]["at_largest"] = 0.5
     content["checks"] = check_all(content)
     content["failed"] = sum(row["passed"] is False for row in content["checks"])

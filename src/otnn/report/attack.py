@@ -21,6 +21,7 @@ class AttackSection:
         attacks: their names.
         networks: in plain words.
         radii: a row each: the radius, then certified and attacked accuracy of each network.
+        corruptions: a row each: the corruption, its mean L2 size, then the accuracy of each network under it.
         checks: a row each: what is checked, then whether it passed, with the detail, of each network.
         failed: how many checks failed.
         verdict: sentences.
@@ -32,6 +33,7 @@ class AttackSection:
     attacks: list[str]
     networks: list[str]
     radii: list[tuple[str, list[str]]]
+    corruptions: list[tuple[str, str, list[str]]]
     checks: list[tuple[str, list[tuple[str, str]]]]
     failed: int
     verdict: list[str]
@@ -49,6 +51,7 @@ def attack_section(files: RunFiles) -> AttackSection | None:
         attacks=[words.attack(name) for name in content["attacks"]],
         networks=[words.network(name) for name in content["networks"]],
         radii=[(f"{radius:.4g}", _row(content, k)) for k, radius in enumerate(content["radii"])],
+        corruptions=[_corruption(row) for row in content["corruptions"]["rows"]],
         checks=_checks(content),
         failed=content["failed"],
         verdict=[str(sentence) for sentence in content["verdict"]],
@@ -61,6 +64,11 @@ def _row(content: Mapping[str, Any], k: int) -> list[str]:
     for network in content["networks"].values():
         cells += [words.percent(network["certified"][k]), words.percent(network["best"]["accuracy"][k])]
     return cells
+
+
+def _corruption(row: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+    name = f"{row['name'].replace('_', ' ')}, {row['unit']} {row['severity']:g}"
+    return name, f"{row['mean_size']:.2f}", [words.percent(share) for share in row["accuracy"].values()]
 
 
 def _checks(content: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
