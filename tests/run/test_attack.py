@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from otnn.attacks.outcome import evaluate
@@ -22,6 +23,7 @@ from otnn.attacks.step import gradient_step
 from otnn.attacks.table import ATTACKS
 from otnn.certify import Certificate, certified_accuracy, certify
 from otnn.cli import main
+from otnn.cli.tables import attack_tables
 from otnn.data import Dataset, Split
 from otnn.errors import InputError
 from otnn.models import Classifier, predict
@@ -565,6 +567,18 @@ def test_on_the_command_line(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: 
     code, _, err = command("--attacks", "x")
     assert code == 2
     assert err.startswith("otnn: attacks: expected some of step, pgd")
+
+
+def test_tables_over_the_usual_radii_fit_80_columns(told: Told) -> None:
+    content = copy.deepcopy(told[1])
+    for figures in content["networks"].values():  # the widest figures, and the longest name
+        figures["attacks"] = {name: {"accuracy": [0.885] * 11, "collapse": None} for name in ATTACKS}
+    screen = io.StringIO()
+    for table in attack_tables(content)[:2]:
+        Console(file=screen, width=80).print(table)
+    rows = screen.getvalue().splitlines()
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in row for row in rows)
+    assert sum(row.count("88.5") for row in rows) >= 2 * len(ATTACKS) * 11
 
 
 def test_the_picture_draws_what_it_is_given(told: Told) -> None:

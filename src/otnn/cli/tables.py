@@ -208,8 +208,8 @@ def _attacked_table(content: dict[str, Any], name: str) -> Table:
     where = f"{norm} norm, {'in the box [0, 1]' if content['box'] else 'no box'}, {content['samples']} images"
     # narrow, so that usual radii fit 80 columns
     title = f"{_title(name)}: % right within a radius; {where}"
-    table = Table("radius", title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.columns[0].no_wrap, table.min_width = True, min(len(title), 78)
+    table = Table("radius", title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.columns[0].no_wrap, table.min_width = True, min(len(title), 80)
     columns = {"certified": network["certified"]}
     columns |= {words.attack(attack): told["accuracy"] for attack, told in network["attacks"].items()}
     columns["best attack"] = network["best"]["accuracy"]
