@@ -14,6 +14,7 @@ from otnn.run.explain import explain_gallery
 from otnn.run.export import export_run
 from otnn.run.folder import Run, open_run
 from otnn.run.train import train
+from tests.run.attacks import OWN, Told
 
 # Five epochs on the embedded digits: about a second, and far better than chance.
 QUICK = ("training.epochs=5", "model.widths=[64, 64]")
@@ -54,3 +55,12 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, tmp_path / "digits")
     return tmp_path / "digits"
+
+
+@pytest.fixture(scope="session")
+def told(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """A run that was attacked, with all settings of the collapse."""
+    path = tmp_path_factory.mktemp("attacked") / "run"
+    shutil.copytree(trained, path)
+    content = attack_run(open_run(path), samples=40, seed=3, attacks=OWN, steps=5, settings=True)
+    return open_run(path), content
