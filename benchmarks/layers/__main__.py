@@ -176,8 +176,7 @@ def plot(grown: Sequence[Json]) -> bytes:
         sizes = [row[along] for row in rows]
         for name, marks in ((OTNN, "o-"), (MAXMIN, "x--")):
             times.loglog(sizes, [row["seconds"][name]["median"] for row in rows], marks, label=name)
-        ratio.semilogx(sizes, [row["otnn over MaxMin"]["median"] for row in rows], "o-", color="black")
-        ratio.set_ylim(bottom=0)
+        ratio.loglog(sizes, [row["otnn over MaxMin"]["median"] for row in rows], "o-", color="black")
         times.set_title("convolutions" if kind == "conv" else "dense layers", fontsize=11)
         ratio.set_xlabel(along)
         ratio.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -185,7 +184,10 @@ def plot(grown: Sequence[Json]) -> bytes:
             axes.grid(which="both", alpha=0.25)
             axes.minorticks_off()
     above[0].set_ylabel("seconds of a training step")
-    below[0].set_ylabel("otnn / unconstrained")
+    most = max(row["otnn over MaxMin"]["median"] for row in grown)
+    ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50) if tick < 1.3 * most]
+    below[0].set(ylabel="otnn / unconstrained", ylim=(0.9, 1.3 * most))
+    below[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     above[0].legend(fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
