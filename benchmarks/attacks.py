@@ -153,7 +153,7 @@ def measure(
         distance = torch.where(outcome.success, outcome.distance, torch.inf)
         rows[name] = {
             "success": float(outcome.success.double().mean()),
-            "median distance": _number(distance.median()),
+            "median distance": _number(_median(distance)),
             "mean distance of successes": _number(outcome.distance[outcome.success].mean()),
             "forwards": round(counted.forwards / len(images), 1),
             "backwards": round(counted.backwards / len(images), 1),
@@ -166,7 +166,7 @@ def measure(
     nearest = torch.stack(list(rivals.values())).amin(dim=0)
     found = {
         "images": len(images),
-        "ratio to foolbox's best": _number(ours.median() / min(distance.median() for distance in rivals.values())),
+        "ratio to foolbox's best": _number(_median(ours) / min(_median(distance) for distance in rivals.values())),
         # against the nearest point of all four, sample by sample
         "ratio to the best of each sample": {
             q: _number((ours / nearest).nan_to_num(nan=torch.inf).quantile(share))
@@ -201,6 +201,12 @@ class Counted(nn.Module):
 
 
 # --- snowflakes --------------------------------------------------------------------------------------------------
+
+
+def _median(values: Tensor) -> Tensor:
+    """The mean of the two middle values, where `Tensor.median` takes the lower one; infinite where either is."""
+    ordered = values.sort().values
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
 def where_attacks_go(model: Classifier, images: Tensor, cw_steps: int, tell: Callable[[str], None]) -> Json:
