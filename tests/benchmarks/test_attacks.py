@@ -104,3 +104,9 @@ def test_passes_are_counted_by_samples() -> None:
     counted = attacks.Counted(model).eval()
     pgd(counted, inputs, labels, 1e-9, steps=5)
     assert counted.backwards == pytest.approx(4 * 5, abs=4 * 2)
+
+
+def test_the_median_is_the_mean_of_the_middle_values_and_no_failure_makes_it_nan() -> None:
+    inf = torch.inf
+    for values, expected in (([3.0, 1.0, 2.0], 2.0), ([4.0, 1.0, 2.0, 3.0], 2.5), ([1.0, inf], inf), ([inf, inf], inf)):
+        assert float(attacks._median(torch.tensor(values))) == expected
