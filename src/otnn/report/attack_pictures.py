@@ -118,12 +118,11 @@ def _distances(network: Mapping[str, Any]) -> list[float | None]:
 
 
 def _end(content: Mapping[str, Any]) -> float:
-    """The radius up to which is drawn: where little is left of every network, within the grid."""
-    known = [
-        radius
-        for k, radius in enumerate(content["radii"][1:], start=1)
-        if any(network["best"]["accuracy"][k] > 1 - _SHOWN for network in content["networks"].values())
-    ]
-    after = [radius for radius in content["radii"] if radius > max(known, default=0)]
-    end: float = min(after, default=content["radii"][-1])
-    return end
+    """The radius up to which is drawn: where little is left of every network, wherever the grid has its radii."""
+    last: float = content["radii"][-1]
+    ends = []
+    for network in content["networks"].values():
+        columns = zip(*(told["distance"] for told in network["attacks"].values()), strict=True)
+        best = sorted(min(last if each is None else each for each in row) for row in columns)
+        ends.append(best[int(_SHOWN * (len(best) - 1))])
+    return min(1.1 * max(ends), last) or last
