@@ -167,12 +167,12 @@ def test_carlini_wagner_in_the_box_is_as_near_as_foolbox_called_by_hand() -> Non
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
     x = 0.25 + torch.rand(10, 1, 8, 8) / 2
     labels = model(x).argmax(dim=1)
-    by_hand = foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=6, steps=80, stepsize=0.03, abort_early=False)
+    by_hand = foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=9, steps=100, stepsize=0.03, abort_early=False)
     points = by_hand.run(foolbox.PyTorchModel(model, bounds=(0, 1)), x, foolbox.criteria.Misclassification(labels))
     theirs = evaluate(model, x, labels, points.clamp(0, 1), box=True)
     ours = evaluate(
-        model, x, labels, attack("carlini_wagner", model, x, labels, box=True, steps=80, searches=6), box=True
+        model, x, labels, attack("carlini_wagner", model, x, labels, box=True, steps=100, searches=9), box=True
     )
     assert ours.success.all()
-    # it was 1.35 times as far with a first constant of 1
+    # with a first constant of 1 it was 1.14 times as far
     assert float(ours.distance.median()) < 1.05 * float(theirs.distance.median())
