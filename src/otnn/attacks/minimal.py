@@ -90,11 +90,11 @@ def minimal_norm(
     check_count("iterations", iterations)
     check_count("starts", starts)
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
+    inputs = inputs.detach()
     index = torch.arange(len(inputs), device=inputs.device)
     scores, gradient = look(objective, inputs, index, objective.margin)
     clear = clearance(scores, gradient, inputs)
     index = index[~objective.won(scores, index)]
-    inputs = inputs.detach()
     best = inputs.clone()
     if not len(index):
         return best
