@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.soundness.campaign import Campaign, Json
 from otnn.attacks.outcome import evaluate
-from otnn.attacks.table import ATTACKS
+from otnn.attacks.table import ATTACKS, libraries
 from otnn.certify import certify
 from otnn.errors import InputError
 from otnn.models import Classifier
@@ -127,7 +126,7 @@ def attacks_campaign(
         "images": images,
         "few": few,
         "attacks": {name: dict(how) for name, how in {**FAST, **SLOW}.items()},
-        "libraries": {name: version(name) for name in sorted(set(sources.values()))},
+        "libraries": libraries(sources),
     }
     block = partial(_block, pieces=tuple(pieces), runs=tuple(runs), data_dir=data_dir, seed=seed)
     return Campaign("attacks", told, len(pieces), block, partial(_summary, pieces=pieces, names=names))

@@ -23,7 +23,7 @@ _NORMS = {"l2": "L2", "linf": "Linf"}
 # Half of the box of FAB without one, in units of the sample
 _WIDE = 20.0
 # Square cuts L2 noise into five tiles a side
-_TILES = 5
+TILES = 5
 
 
 def apgd(
@@ -163,7 +163,7 @@ def square(
     check_count("queries", queries)
     kind = _square()
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    least = _TILES if norm == "l2" else 1
+    least = TILES if norm == "l2" else 1
     if inputs.ndim != 4 or min(inputs.shape[2:]) < least:
         raise InputError(
             f"inputs: square in {norm} takes images (n, channels, height, width) of at least {least} x {least} pixels, "

@@ -1,7 +1,8 @@
 """The table of the attacks: what each is, which norms it knows and where it comes from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from torch import Tensor
 
@@ -58,3 +59,13 @@ RIVALS: Mapping[str, Attack] = {
     "square": Attack(square, False, NORMS, "pyautoattack", True, "1,001 forwards"),
 }
 ATTACKS: Mapping[str, Attack] = {**OWN, **RIVALS}
+
+
+def libraries(names: Iterable[str]) -> dict[str, str]:
+    """The versions of the installed libraries that attacks come from, beside otnn itself.
+
+    Example:
+        >>> libraries(["step", "pgd"])
+        {}
+    """
+    return {source: version(source) for source in sorted({ATTACKS[name].source for name in names} - {"otnn"})}

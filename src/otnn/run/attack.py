@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from otnn.attacks.objective import LOSSES, check_norm
-from otnn.attacks.table import ATTACKS
+from otnn.attacks.table import ATTACKS, libraries
 from otnn.data import Dataset
 from otnn.errors import InputError
 from otnn.files import json_bytes
@@ -129,7 +128,7 @@ def attack_run(
         **how,
         "steps": steps,
         "radii": grid,
-        "versions": versions() | _libraries(chosen),
+        "versions": versions() | libraries(chosen),
         "images": index.tolist(),
         "attacks": {
             name: {
@@ -209,11 +208,6 @@ def _reason(name: str, norm: str) -> str | None:
 
 def _passes(name: str, steps: int) -> str:
     return f"{steps} steps a radius, 1 start" if name == "pgd" else ATTACKS[name].passes
-
-
-def _libraries(names: Sequence[str]) -> dict[str, str]:
-    """The versions of the libraries that attacks come from."""
-    return {source: version(source) for source in sorted({ATTACKS[name].source for name in names} - {"otnn"})}
 
 
 def _grid(radii: Sequence[float], norm: str, values: int) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from otnn.attacks.autoattack_attacks import square
+from otnn.attacks.autoattack_attacks import TILES, square
 from otnn.attacks.table import ATTACKS
 from otnn.run.attacked import SLACK, Found, Victim
 
@@ -34,7 +34,7 @@ def search_left(
     """
     begin("what is left")
     images = victim.images
-    if find_spec(ATTACKS["square"].source) is None or images.ndim != 4 or min(images.shape[2:]) < 5:
+    if find_spec(ATTACKS["square"].source) is None or images.ndim != 4 or min(images.shape[2:]) < TILES:
         return None
     best = torch.stack([one.distance for one in found.values()]).amin(dim=0)
     left = [(victim.right & (best > radius) & (victim.radius < radius)).nonzero().squeeze(1)[:EACH] for radius in radii]
