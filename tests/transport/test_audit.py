@@ -1,6 +1,8 @@
 """The audit of networks: which potentials are measured against which problems, and what is refused."""
 
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +140,33 @@ def test_every_pair_of_several_classes_is_measured() -> None:
         assert data.labels[entry.indices[0]].unique().tolist() == [own]
         assert data.labels[entry.indices[1]].unique().tolist() == [rival]
         assert entry.problem.prior == 0.5
+
+
+def test_potentials_share_the_points_that_are_looked_at_inside_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    auditing = import_module("otnn.transport.audit")  # the package's name is that of the function
+    seen: list[int] = []
+
+    def counted(*given: Any) -> Tensor:
+        seen.append(len(given[-1]))
+        return pair(*given)
+
+    pair = auditing._pair
+    monkeypatch.setattr(auditing, "_pair", counted)
+    data = points(classes=10, each=2)
+    for classes, segments in ((2, 500), (4, 6 * 334), (10, 45 * 45)):  # 2000 among all pairs, at most 500 each
+        names: set[str] = set()
+        seen.clear()
+        chosen = data.labels < classes
+        audit(
+            network(classes),
+            Split(data.images[chosen], data.labels[chosen]),
+            on_round=lambda name, last, names=names: names.add(name),  # type: ignore[misc]
+        )
+        pairs = classes * (classes - 1) // 2
+        assert len(names) == pairs
+        assert ("0 against 1 (1 of 6)" in names) == (classes == 4)
+        # 9 places on each; the 2 + 2 samples of a pair are asked for values and gradients besides
+        assert 9 * segments < sum(seen) <= 9 * segments + 16 * pairs
 
 
 def test_cross_entropy_and_no_loss_are_measured_against_plain_transport() -> None:

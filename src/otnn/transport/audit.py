@@ -29,6 +29,8 @@ from otnn.transport.solution import TransportSolution
 from otnn.transport.solver import MEMORY_BUDGET, Round, solve
 
 SAMPLES = 2000
+# Segments of the plan that are looked at, shared by all potentials of a network, each of which has at most _SEGMENTS.
+_ALL_SEGMENTS, _SEGMENTS = 2000, 500
 # Minibatches of the upper bracket: at least so many that share no sample, each of at most that many of a class.
 _MINIBATCHES, _MINIBATCH = 8, 256
 # What counts as rounding, as a share of the distances.
@@ -166,7 +168,8 @@ def audit(
             samples is lower, so that gaps of different numbers do not compare.
         seed: of those draws, of the segments and of the minibatches.
         memory_budget: see `otnn.transport.solve`.
-        on_round: called with the name of a potential and the last round of its solver.
+        on_round: called with the name of a potential, and its number where there are several, and the last round of
+            its solver.
 
     Raises:
         InputError: samples or labels that cannot be used, a class without samples, a model in training mode or with
@@ -200,12 +203,17 @@ def audit(
     for potential in potentials:  # all that will be refused is refused before the first is solved
         sides = [draw(chosen, potential.name) for chosen in (potential.positive, potential.negative)]
         check_budget(len(sides[0][0]), len(sides[1][0]), data.images[0].numel(), memory_budget)
+    count = len(potentials)
+    segments = min(_SEGMENTS, -(-_ALL_SEGMENTS // count))
     return Audit(
         tuple(
-            _audited(potential, draw, seed, memory_budget, partial(on_round, potential.name))
-            for potential in potentials
+            _audited(
+                potential, draw, seed, segments, memory_budget,
+                partial(on_round, potential.name if count == 1 else f"{potential.name} ({number} of {count})"),
+            )
+            for number, potential in enumerate(potentials, 1)
         )
-    )
+    )  # fmt: skip
 
 
 class _Draw:
@@ -239,7 +247,12 @@ def _as_split(data: object) -> Split:
 
 
 def _audited(
-    potential: _Potential, draw: _Draw, seed: int, memory_budget: float, on_round: Callable[[Round], None]
+    potential: _Potential,
+    draw: _Draw,
+    seed: int,
+    segments: int,
+    memory_budget: float,
+    on_round: Callable[[Round], None],
 ) -> PotentialAudit:
     (positives, x, count_x), (negatives, z, count_z) = (
         draw(chosen, potential.name) for chosen in (potential.positive, potential.negative)
@@ -270,7 +283,7 @@ def _audited(
         indices=(positives, negatives),
         lipschitz=potential.lipschitz,
         margin=potential.margin,
-        measures=measure(potential.function, solution, w1, margin=margin, seed=seed),
+        measures=measure(potential.function, solution, w1, margin=margin, segments=segments, seed=seed),
         hypotheses=hypotheses(solution) if problem.hinge_weight > 0 else None,
         bracket=_bracket(potential.function, x, z, torch.Generator().manual_seed(seed)),
     )
