@@ -176,3 +176,18 @@ def test_carlini_wagner_in_the_box_is_as_near_as_foolbox_called_by_hand() -> Non
     assert ours.success.all()
     # with a first constant of 1 it was 1.14 times as far
     assert float(ours.distance.median()) < 1.05 * float(theirs.distance.median())
+
+
+@pytest.mark.parametrize("pixels", [2, 64, 784, 6912])
+def test_carlini_wagner_without_a_box_is_as_near_in_any_dimension(pixels: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 1)).eval()
+    x = torch.rand(8, pixels)
+    labels = (model(x)[:, 0] > 0).long()
+    points = attack("carlini_wagner", model, x, labels, steps=100, searches=5)
+    found = evaluate(model, x, labels, points)
+    with torch.no_grad():
+        least = model(x)[:, 0].abs().double() / model[1].weight.norm().double()
+    assert found.success.all()
+    # steps of 0.03 in every coordinate were 5 % too far in 6912 of them, and 30 % on a network of pictures of that size
+    assert float((found.distance / least).max()) < 1.01

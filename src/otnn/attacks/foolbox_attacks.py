@@ -7,6 +7,7 @@ whose reparametrisation needs some. Scores are divided by the lead of the input,
 The criterion takes points on the boundary, and `settle` moves them over it.
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from otnn.attacks.adapter import SLACK, View, as_they_are, missing, run, scales,
 from otnn.attacks.objective import Objective, check_norm
 from otnn.attacks.step import check_count
 from otnn.batches import spread
+from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.memory import MEMORY_BUDGET
 
@@ -35,7 +37,7 @@ def carlini_wagner(
     box: bool = False,
     steps: int = 200,
     searches: int = 9,
-    step_size: float = 0.03,
+    step_size: float | None = None,
     generator: torch.Generator | None = None,
     memory_budget: float = MEMORY_BUDGET,
 ) -> Tensor:
@@ -51,8 +53,9 @@ def carlini_wagner(
         box: stay in [0, 1], by x = (1 + tanh w) / 2.
         steps: of Adam, for each c; foolbox takes 10,000.
         searches: values of c.
-        step_size: of Adam, in w; without a box, in units of the sample. Foolbox takes 0.01, which in so few steps does
-            not leave the walls of the box, where tanh is flat.
+        step_size: of Adam, which moves every coordinate by it: in w; without a box, in units of the sample. By default
+            0.03 in the box, where foolbox's 0.01 does not in so few steps leave the walls, at which tanh is flat, and
+            without a box 0.1 / sqrt(coordinates), so that the whole step is a tenth of a unit in any dimension.
         generator: not needed: nothing is drawn.
         memory_budget: bytes.
 
@@ -75,6 +78,9 @@ def carlini_wagner(
     _only("carlini_wagner", norm, ("l2",), loss, ("margin",))
     check_count("steps", steps)
     check_count("searches", searches)
+    check_images(inputs, box=box)
+    if step_size is None:
+        step_size = 0.03 if box else 0.1 / math.sqrt(inputs[0].numel())
     rate = step_size if box else step_size / _WIDE
     # A first c of 1 is near the least that wins in these units: long steps in the box cross by overshooting, and the
     # search then goes on below it, where nothing wins
