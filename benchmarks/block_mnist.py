@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from benchmarks import command
-from benchmarks.soundness.campaign import code_digest
+from benchmarks.campaign import code_digest
 from otnn.data import Dataset, Split, load
 from otnn.errors import InputError
 from otnn.explain import attribute

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 import benchmarks.accuracy
 from benchmarks import command
-from benchmarks.accuracy.campaign import HEADER, Rows, partial_file, run_all
+from benchmarks.accuracy.campaign import HEADER, Rows, run_all
 from benchmarks.accuracy.fronts import SETTING, summary
 from benchmarks.accuracy.training import (
     ALPHA,
@@ -28,6 +28,7 @@ from benchmarks.accuracy.training import (
     installed,
     measured,
 )
+from benchmarks.campaign import Json, partial_file
 from benchmarks.layers import peers
 from otnn.errors import InputError
 from otnn.files import json_bytes, write_whole
@@ -35,7 +36,6 @@ from otnn.run.train import versions
 
 app = typer.Typer(help=benchmarks.accuracy.__doc__, pretty_exceptions_enable=False, add_completion=False)
 
-Json = dict[str, Any]
 RATES, MARGINS, TEMPERATURES = (3e-3, 1e-2), (0.5, 1.0, 2.0), (10.0, 20.0)
 COLOURS = dict(zip(LIBRARIES, ("#0b6e4f", "#d1495b", "#2e6fba"), strict=True))
 MARKS = dict(zip(LIBRARIES, "osD", strict=True))

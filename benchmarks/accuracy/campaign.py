@@ -1,29 +1,16 @@
-"""Runs of a campaign: each finished one is stored at once, and none is made twice."""
+"""Runs of the benchmark: each finished one is stored at once, and none is made twice."""
 
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from benchmarks.accuracy.training import Run
-from otnn.errors import InputError
+from benchmarks.campaign import Json, console, differences, partial_file, read_partial, work_through
 from otnn.files import json_bytes, read_json, write_whole
 
-Json = dict[str, Any]
 Rows = dict[Run, Json]
 Job = Callable[[Run], Json]
-console = Console(stderr=True, highlight=False, markup=False)
 HEADER = "made with"
-
-
-def partial_file(out: Path) -> Path:
-    """Where finished runs are kept until the report is written."""
-    return out.with_name(f"{out.name}.partial")
 
 
 def finished(out: Path, header: Mapping[str, Any]) -> Rows:
@@ -32,35 +19,20 @@ def finished(out: Path, header: Mapping[str, Any]) -> Rows:
     Raises:
         InputError: a partial file of another header.
     """
-    file = partial_file(out)
-    if file.exists():
-        kept = read_json(file)
-        if kept.get(HEADER) != header:
-            raise InputError(
-                f"{file}: begun with {_difference(kept.get(HEADER), header)}; delete it to begin again, or choose "
-                "another --out"
-            )
-    elif out.exists():
+    kept = read_partial(partial_file(out), header)
+    if kept is None:
+        if not out.exists():
+            return {}
         kept = read_json(out)
         if kept.get(HEADER) != header:
-            _tell(f"{out}: made with {_difference(kept.get(HEADER), header)}; its runs are made again")
+            _tell(f"{out}: made with {differences(kept.get(HEADER), header)}; its runs are made again")
             return {}
-    else:
-        return {}
     return {run_of(row): row for row in kept["runs"]}
 
 
 def run_of(row: Json) -> Run:
     """The run that a row tells of."""
     return Run(**{name: row[name] for name in Run.__dataclass_fields__})
-
-
-def _difference(kept: Any, header: Mapping[str, Any]) -> str:
-    """Words for what another header has."""
-    if not isinstance(kept, Mapping):
-        return "other settings"
-    names = [name for name in {**header, **kept} if header.get(name) != kept.get(name)]
-    return "other " + ", ".join(names)
 
 
 def run_all(runs: Sequence[Run], job: Job, out: Path, header: Mapping[str, Any], workers: int) -> Rows:
@@ -77,24 +49,13 @@ def run_all(runs: Sequence[Run], job: Job, out: Path, header: Mapping[str, Any],
         InputError: a partial file of another header.
     """
     rows = finished(out, header)
-    missing = [run for run in runs if run not in rows]
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[now]}", markup=False),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("accuracy", total=len(runs), completed=len(runs) - len(missing), now="")
 
-        def begun(working: Sequence[Run]) -> None:
-            progress.update(task, now="; ".join(map(named, working)))
+    def keep(run: Run) -> None:
+        write_whole(partial_file(out), json_bytes({"header": header, "runs": list(rows.values())}))
+        if not console.is_terminal:
+            _tell(f"{named(run)}: {told(rows[run])}")
 
-        for run, row in _results(job, missing, workers, begun):
-            rows[run] = row
-            write_whole(partial_file(out), json_bytes({HEADER: header, "runs": list(rows.values())}))
-            progress.advance(task)
-            if not console.is_terminal:
-                _tell(f"{named(run)}: {told(row)}")
-        progress.update(task, now="")
+    work_through(runs, job, rows, keep, name="accuracy", workers=workers, words=named)
     return {run: rows[run] for run in [*runs, *rows]}
 
 
@@ -110,31 +71,6 @@ def told(row: Json) -> str:
         return f"diverged: {row['diverged']}"
     held = ", ".join(f"{value:.1%} at {radius}" for radius, value in row["certified"].items())
     return f"clean {row['clean']:.1%}, certified {held}; {row['seconds']:.0f} s"
-
-
-def _results(
-    job: Job, runs: Sequence[Run], workers: int, begun: Callable[[Sequence[Run]], None]
-) -> Iterator[tuple[Run, Json]]:
-    if workers == 1:
-        for run in runs:
-            begun([run])
-            yield run, job(run)
-        return
-    waiting, working = iter(runs), dict[Future[Json], Run]()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        while True:
-            # no more than are in work, so that a campaign that is stopped does not begin others
-            for run in waiting:
-                working[pool.submit(job, run)] = run
-                if len(working) == workers:
-                    break
-            if not working:
-                return
-            begun(list(working.values()))
-            done, _ = wait(working, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield working.pop(future), future.result()
 
 
 def _tell(message: str) -> None:

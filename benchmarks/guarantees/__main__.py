@@ -7,9 +7,9 @@ import torch
 import typer
 
 from benchmarks import command
+from benchmarks.campaign import run_campaign
 from benchmarks.guarantees import __doc__ as about
 from benchmarks.guarantees.campaign import guarantees_campaign
-from benchmarks.soundness.campaign import run_campaign
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 

@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
+from benchmarks.campaign import Campaign, Json
 from benchmarks.guarantees.checks import DELTA, SAMPLES, TINY, Row, check_network, check_smoothing
-from benchmarks.soundness.campaign import Campaign, Json
 from benchmarks.soundness.draws import Draw
 from otnn.errors import InputError
 

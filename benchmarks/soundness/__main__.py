@@ -7,9 +7,9 @@ import torch
 import typer
 
 from benchmarks import command
+from benchmarks.campaign import Campaign, run_campaign
 from benchmarks.soundness.attacks import attacks_campaign
 from benchmarks.soundness.bounds import bounds_campaign
-from benchmarks.soundness.campaign import Campaign, run_campaign
 from benchmarks.soundness.rounding import rounding_campaign
 from benchmarks.soundness.trained import trained_campaign
 

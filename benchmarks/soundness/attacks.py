@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.soundness.campaign import Campaign, Json
+from benchmarks.campaign import Campaign, Json
 from otnn.attacks.outcome import evaluate
 from otnn.attacks.table import ATTACKS, libraries
 from otnn.certify import certify

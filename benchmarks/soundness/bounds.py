@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.soundness.campaign import Campaign, Json
+from benchmarks.campaign import Campaign, Json
 from benchmarks.soundness.draws import Draw
 from benchmarks.soundness.families import FAMILIES, Case, operator_of
 from benchmarks.soundness.operators import (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.soundness.campaign import Campaign, Json
+from benchmarks.campaign import Campaign, Json
 from benchmarks.soundness.draws import Draw
 from benchmarks.soundness.judges import ExactMap, Executed
 from benchmarks.soundness.nets import NETS

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
-from benchmarks.soundness.campaign import Campaign, Json
+from benchmarks.campaign import Campaign, Json
 from otnn.data import load
 from otnn.data.splits import Split
 from otnn.lipschitz import bound

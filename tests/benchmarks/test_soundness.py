@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.campaign import Campaign, run_campaign
 from benchmarks.soundness import bounds, rounding
 from benchmarks.soundness.__main__ import main
-from benchmarks.soundness.campaign import Campaign, run_campaign
 from benchmarks.soundness.draws import Draw
 from benchmarks.soundness.execution import Exact, orders, sequential_scores, torch_executions
 from benchmarks.soundness.families import FAMILIES
@@ -150,7 +150,7 @@ def test_an_interrupted_campaign_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         run_campaign(replace(campaign, run=interrupted), out)
     assert ran == [0, 1, 2]
     assert not out.exists()
-    with pytest.raises(InputError, match=r"out\.json\.partial: begun with other settings.*delete it to begin again"):
+    with pytest.raises(InputError, match=r"out\.json\.partial: begun with other seed; delete it to begin again"):
         run_campaign(bounds.bounds_campaign(40, seed=1), out)
     run_campaign(replace(campaign, run=interrupted), out)
     assert ran == [0, 1, 2, 2, 3]

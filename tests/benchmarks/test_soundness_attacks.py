@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.campaign import run_campaign
 from benchmarks.soundness import attacks
 from benchmarks.soundness.__main__ import main
 from benchmarks.soundness.attacks import ABOVE, BELOW, Attempt, attacks_campaign, search, target_of
-from benchmarks.soundness.campaign import run_campaign
 from otnn.attacks.table import ATTACKS
 from otnn.certify import Certificate, certify
 from otnn.errors import InputError
@@ -141,7 +141,7 @@ def test_an_interrupted_campaign_goes_on(trained: Path, tmp_path: Path, monkeypa
     out = tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
         run_campaign(replace(campaign, run=interrupted), out)
-    with pytest.raises(InputError, match="begun with other settings"):
+    with pytest.raises(InputError, match="begun with other seed"):
         run_campaign(attacks_campaign([trained], images=40, few=5, seed=1), out)
     again = run_campaign(replace(campaign, run=interrupted), out)
     assert ran == [0, 1, 2, 2, 3, 4]

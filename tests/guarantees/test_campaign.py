@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.campaign import run_campaign
 from benchmarks.guarantees import campaign, checks
 from benchmarks.guarantees.exact import Plain, pieces
 from benchmarks.guarantees.nets import network
-from benchmarks.soundness.campaign import run_campaign
 from benchmarks.soundness.draws import Draw
 from otnn.guarantees import Guarantee, certified_smoothgrad
 
