@@ -55,6 +55,7 @@ def test_the_best_attack_is_the_minimum_of_every_sample(told: Told) -> None:
         best = [min(math.inf if each is None else each for each in row) for row in zip(*columns, strict=True)]
         for radius, share in zip(told[1]["radii"], figures["best"]["accuracy"], strict=True):
             assert share == sum(each > radius for each in best) / 40
+        assert figures["best"]["distance"] == [None if each == math.inf else each for each in best]
         won = [each for each in best if 0 < each < math.inf]
         # ties count for both
         assert sum(figures["best"]["nearest"].values()) >= len(won) > 0

@@ -59,7 +59,7 @@ def _curves(axes: Any, content: Mapping[str, Any], name: str, styles: Mapping[st
     network = content["networks"][name]
     grid = np.linspace(0, end, 400)
     radius = np.array(network["certified_radius"])
-    right = np.array([each != 0 for each in _distances(network)])
+    right = np.array([each != 0 for each in network["best"]["distance"]])  # 0 where the prediction is wrong
     share = (right & (radius >= grid[:, None])).mean(axis=1)
     axes.fill_between(grid, share, color=COLOURS[name], alpha=0.3, linewidth=0, label="certified")
     for attack, style in styles.items():
@@ -111,18 +111,11 @@ def _values(content: Mapping[str, Any], name: str) -> list[tuple[str, dict[str, 
     return [(attack, told["per_sample"]) for attack, told in _told(content, name).items() if told]
 
 
-def _distances(network: Mapping[str, Any]) -> list[float | None]:
-    """Of any attack: 0 where the prediction is wrong."""
-    first: dict[str, Any] = next(iter(network["attacks"].values()))
-    return list(first["distance"])
-
-
 def _end(content: Mapping[str, Any]) -> float:
     """The radius up to which is drawn: where little is left of every network, wherever the grid has its radii."""
     last: float = content["radii"][-1]
     ends = []
     for network in content["networks"].values():
-        columns = zip(*(told["distance"] for told in network["attacks"].values()), strict=True)
-        best = sorted(min(last if each is None else each for each in row) for row in columns)
+        best = sorted(last if each is None else each for each in network["best"]["distance"])
         ends.append(best[int(_SHOWN * (len(best) - 1))])
     return min(1.1 * max(ends), last) or last

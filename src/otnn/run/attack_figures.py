@@ -45,6 +45,7 @@ def network_figures(
         "best": {
             "accuracy": [float((best > radius).double().mean()) for radius in radii],
             "nearest": dict(zip(found, first, strict=True)),
+            "distance": [number(each) for each in best.tolist()],
         },
         "at_largest": float((victim.right & ~at_largest).double().mean()),
         "left": left,
