@@ -1,7 +1,6 @@
 """The audit of networks: which potentials are measured against which problems, and what is refused."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from otnn.models import Classifier, build
 from otnn.nn import UnitNormLinear
 from otnn.run.config import TrainingConfig
 from otnn.run.fit import fit
-from otnn.transport import Audit, TransportProblem, audit, measure, solve
+from otnn.transport import Audit, TransportProblem, audit, measure, solve, trained
 from otnn.transport.audit import hypotheses
 from otnn.transport.verdict import verdict
 
@@ -143,15 +142,14 @@ def test_every_pair_of_several_classes_is_measured() -> None:
 
 
 def test_potentials_share_the_points_that_are_looked_at_inside_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    auditing = import_module("otnn.transport.audit")  # the package's name is that of the function
     seen: list[int] = []
 
     def counted(*given: Any) -> Tensor:
         seen.append(len(given[-1]))
         return pair(*given)
 
-    pair = auditing._pair
-    monkeypatch.setattr(auditing, "_pair", counted)
+    pair = trained._pair
+    monkeypatch.setattr(trained, "_pair", counted)
     data = points(classes=10, each=2)
     for classes, segments in ((2, 500), (4, 6 * 334), (10, 45 * 45)):  # 2000 among all pairs, at most 500 each
         names: set[str] = set()
