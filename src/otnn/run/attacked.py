@@ -14,15 +14,16 @@ from otnn.attacks.outcome import evaluate
 from otnn.attacks.table import Attack
 from otnn.batches import spread
 from otnn.certify import certify
+from otnn.explain.rays import refine
 from otnn.models import Classifier, predict
 from otnn.run.fit import scores_of
 
 # An attack within a radius gets so much less, so that rounding leaves none of its points outside
 SLACK = 1e-6
+# To which share of the length points are drawn back to the boundary
+_RESOLUTION = 2.0**-16
 # Samples that an attack within a radius is run on at radius 0
 AT_ZERO = 32
-# Of the segment from an input to an adversarial point: 2^-16 of its length
-_HALVINGS = 16
 
 
 @dataclass
@@ -144,14 +145,14 @@ class Victim:
             return near
         objective = self._objective(index)
         start, change = self.images[index], found.points[index] - self.images[index]
-        every = torch.arange(len(index), device=index.device)
-        low, high = torch.zeros_like(found.distance[index]), torch.ones_like(found.distance[index])
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            points = start + spread(middle, change).to(change.dtype) * change
-            won = objective.won(objective.scores(points), every)
-            low, high = torch.where(won, low, middle), torch.where(won, middle, high)
-        self.judge(near, index, start + spread(high, change).to(change.dtype) * change)
+
+        def potential_at(length: Tensor, rows: Tensor) -> Tensor:
+            points = start[rows] + spread(length, change).to(change.dtype) * change[rows]
+            return -objective.margin(objective.scores(points), rows).to(length.dtype)
+
+        none = torch.zeros_like(found.distance[index])
+        length = refine(potential_at, none, none + 1, resolution=_RESOLUTION)
+        self.judge(near, index, start + spread(length, change).to(change.dtype) * change)
         return near
 
     def judge(self, found: Found, index: Tensor, points: Tensor) -> Tensor:
