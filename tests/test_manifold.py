@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from otnn.errors import InputError
 from otnn.losses import HKRLoss, SoftHKRLoss
 from otnn.manifold import (
     Frobenius,
@@ -252,3 +253,43 @@ def test_a_float64_network_is_retracted_to_float64_accuracy() -> None:
     for name, parameter, manifold in constrained_parameters(model):
         if parameter.numel():
             assert manifold.distance(parameter).max() < 1e-14, name
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.kept = OrthoLinear(4, 4), OrthoLinear(4, 4).requires_grad_(False)
+            self.order = nn.Parameter(torch.arange(3), requires_grad=False)
+            self.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
+
+    net = Frozen()
+    with torch.no_grad():
+        net.kept.weight.mul_(0.5)  # loaded from elsewhere
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.layer.parameters(), lr=0.1)
+    keep_on_manifold(optimizer, net)
+    net.layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    for name, value in net.named_parameters():
+        assert torch.equal(value, before[name]) == (not name.startswith("layer")), name
+    retract_parameters(net)
+    assert stiefel.distance(net.kept.weight) < ON_MANIFOLD[torch.float32]
+
+
+def test_what_is_no_optimizer_with_its_modules_is_refused() -> None:
+    layer = OrthoLinear(4, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for arguments, words in (
+        ((optimizer,), r"keep_on_manifold\(optimizer, model\); got none"),
+        ((layer, optimizer), "optimizer: expected a torch.optim.Optimizer, got OrthoLinear"),
+        ((optimizer, layer.parameters()), "modules: expected the networks.*got generator"),
+    ):
+        with pytest.raises(InputError, match=words):
+            keep_on_manifold(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_parametrization_in_the_place_of_a_weight_is_named() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(OrthoLinear(4, 2)))
+    with pytest.raises(InputError, match=r"0\.weight: expected a parameter of .*; a parametrization or pruning took"):
+        retract_parameters(net)

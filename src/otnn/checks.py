@@ -1,5 +1,8 @@
 """Checks of tensors where they enter: each raises `InputError` with what was expected, what came, and the mend."""
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,3 +66,22 @@ def check_labels(labels: Tensor, count: int, classes: int, *, what: str = "label
         raise InputError(f"{what}: expected integers, got {labels.dtype}; convert them with .long()")
     if count and (labels.min() < 0 or labels.max() >= classes):
         raise InputError(f"{what}: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, of any type that stands for one exactly.
+
+    Raises:
+        InputError: expected a whole number.
+
+    Example:
+        >>> whole("in_channels", torch.tensor(3))
+        3
+        >>> whole("in_channels", 8.0)
+        Traceback (most recent call last):
+        otnn.errors.InputError: in_channels: expected a whole number, got 8.0
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name}: expected a whole number, got {value!r}") from None

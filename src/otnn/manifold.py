@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from otnn.errors import InputError
 from otnn.polar import gram_excess, to_polar_
 from otnn.precision import in_full_precision
 
@@ -179,24 +180,42 @@ class UnitInterval:
 
 
 def constrained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Manifold]]:
-    """Yield (name, parameter, manifold) of each constrained parameter of a module and its children."""
+    """Yield (name, parameter, manifold) of each constrained parameter of a module and its children.
+
+    Raises:
+        InputError: something else has taken the place of a parameter.
+    """
     for prefix, child in module.named_modules():
         manifolds: dict[str, Manifold] = getattr(child, "manifolds", {})
         for name, manifold in manifolds.items():
-            yield f"{prefix}.{name}" if prefix else name, child.get_parameter(name), manifold
+            path = f"{prefix}.{name}" if prefix else name
+            try:
+                parameter = child.get_parameter(name)
+            except AttributeError:
+                raise InputError(
+                    f"{path}: expected a parameter of {type(child).__name__}; a parametrization or pruning took its "
+                    "place: remove it, the layer keeps its own constraint"
+                ) from None
+            yield path, parameter, manifold
 
 
 @torch.no_grad()
-def retract_parameters(module: nn.Module) -> None:
+def retract_parameters(module: nn.Module, *, frozen: bool = True) -> None:
     """Bring every constrained parameter of a module back to its manifold, in place.
 
     Matrices of one shape, whichever way they lie, are retracted in one batch.
+
+    Args:
+        module: with layers of `otnn.nn`, or losses.
+        frozen: also those that require no gradient.
 
     Raises:
         FloatingPointError: a parameter holds NaN or infinite values; the message names it.
     """
     groups: dict[Any, list[tuple[str, nn.Parameter, Manifold]]] = defaultdict(list)
     for name, parameter, manifold in constrained_parameters(module):
+        if not (frozen or parameter.requires_grad):
+            continue
         shape = tuple(parameter.shape)
         if isinstance(manifold, Stiefel):
             shape = tuple(sorted(shape[-2:]))
@@ -227,7 +246,7 @@ def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> "ManifoldHook
     state stays. An infinite gradient is found before the step: neither parameters nor the optimizer's state change.
     A parameter that became infinite in the step, or a retraction that fails, takes all parameters of `modules` back to
     where they were; the optimizer's state is then that of the failed step. Gradients that a closure computes, as for
-    L-BFGS, are seen by their effect only.
+    L-BFGS, are seen by their effect only. Parameters that require no gradient are left alone.
 
     Args:
         optimizer: any `torch.optim` optimizer.
@@ -235,6 +254,9 @@ def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> "ManifoldHook
 
     Returns:
         The hooks, whose `remove()` ends it.
+
+    Raises:
+        InputError: no optimizer first, then modules.
 
     Example:
         >>> from otnn.nn import OrthoLinear
@@ -263,6 +285,14 @@ class ManifoldHooks:
 
     def __init__(self, optimizer: Optimizer, modules: Iterable[nn.Module]) -> None:
         self._modules = tuple(modules)
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        wrong = [type(module).__name__ for module in self._modules if not isinstance(module, nn.Module)]
+        if wrong or not self._modules:
+            raise InputError(
+                "modules: expected the networks, and losses with learned margins, that the optimizer trains: "
+                f"keep_on_manifold(optimizer, model); got {', '.join(wrong) or 'none'}"
+            )
         self._named: dict[str, nn.Parameter] = {}
         self._last_good: dict[nn.Parameter, Tensor] = {}
         self._handles = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
@@ -297,15 +327,16 @@ class ManifoldHooks:
                     f"{_listed(bad)} became NaN or infinite in the step, which was undone; lower the learning rate"
                 )
             for module in self._modules:
-                retract_parameters(module)
+                retract_parameters(module, frozen=False)
         except BaseException:  # an interrupt, too, must not leave half of the parameters retracted
             for parameter, good in self._last_good.items():
                 parameter.copy_(good)
             raise
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters by name; a name that occurs in several modules tells which one it is from."""
-        found = [(k, name, p) for k, module in enumerate(self._modules) for name, p in module.named_parameters()]
+        """Parameters that require a gradient; a name that occurs in several modules tells which one it is from."""
+        named = [(k, *each) for k, module in enumerate(self._modules) for each in module.named_parameters()]
+        found = [each for each in named if each[2].requires_grad]
         times = Counter(name for _, name, _ in found)
         return {name if times[name] == 1 else f"modules[{k}].{name}": parameter for k, name, parameter in found}
 

@@ -255,3 +255,24 @@ def test_a_layer_that_computes_something_else_is_refused(kind: str) -> None:
         layer.forward = lambda inputs: 2 * inputs  # type: ignore[method-assign]
     with pytest.raises(InputError, match=r"^0: "):
         export(nn.Sequential(layer))
+
+
+def test_layers_that_share_their_weights_are_exported_one_by_one() -> None:
+    torch.manual_seed(0)
+    first, second = OrthoLinear(8, 8), OrthoLinear(8, 8)
+    second.weight = first.weight
+    third, fourth = (OrthoConv2d(2, 2, 3, padding=1) for _ in range(2))
+    fourth.mix, fourth.projectors = third.mix, third.projectors
+    head = UnitNormLinear(8, 8)
+    head.weight = nn.Parameter(first.weight.detach().clone())
+    for net, shape in (
+        (nn.Sequential(first, MaxMin(), second), (8,)),
+        (nn.Sequential(third, MaxMin(), fourth), (2, 5, 5)),
+        (Classifier(nn.Sequential(first), head, (8,)), (8,)),
+    ):
+        before = copy.deepcopy(net.state_dict())
+        plain, x = export(net.eval()), torch.rand(3, *shape)
+        assert {value.dtype for value in plain.state_dict().values()} == {torch.float32}
+        assert torch.allclose(plain(x), net(x), atol=1e-5)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert first.weight is second.weight

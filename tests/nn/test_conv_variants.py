@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,8 +185,8 @@ def test_circular_padding_counts_the_dilation(kind: type[Layer]) -> None:
         ({"stride": 4, "dilation": 6}, r"multiples of 2 apart and skip the others; stride 4 admits dilation 1 or 5"),
         ({"stride": 5}, "expected kernel_size >= stride, got 4 < 5"),
         ({"padding": -1}, "padding >= 0"),
-        ({"padding": "same"}, "padding: expected one size"),
-        ({"dilation": 1.5}, "dilation: expected one size"),
+        ({"padding": "same"}, r"padding: expected a number of pixels, got 'same'; at stride 1, dilation \* \(kernel"),
+        ({"dilation": 1.5}, "dilation: expected a whole number, got 1.5"),
         ({"padding_mode": "reflect"}, 'padding_mode: expected "zeros".*so .* norm exceeds 1'),
         ({"padding_mode": "replicate"}, 'padding_mode: expected "zeros".*so .* norm exceeds 1'),
         ({"init": "zeros"}, 'init: expected "orthogonal" or "identity", got \'zeros\''),
@@ -231,3 +232,11 @@ def test_a_kernel_is_the_same_number_by_number_without_a_gradient(channels: tupl
         with_gradient = layer.weight.detach()
         with torch.no_grad():
             assert torch.equal(layer.weight, with_gradient)
+
+
+def test_sizes_may_be_whole_numbers_of_any_type() -> None:
+    layer = OrthoConv1d(np.int64(2), 4, np.int64(3), groups=np.int64(2))
+    assert (layer.in_channels, layer.kernel_size, layer.groups) == (2, 3, 2)
+    assert all(type(size) is int for size in (layer.in_channels, layer.kernel_size, layer.groups))
+    with pytest.raises(InputError, match=r"out_channels: expected a whole number, got 8\.0"):
+        OrthoConv1d(2, 8.0, 3)  # type: ignore[arg-type]

@@ -159,3 +159,13 @@ def test_windows_that_overlap_would_exceed_one() -> None:
     """What the refusal is for: scaled by the root of its size, an overlapping window amplifies."""
     overlapping = nn.AvgPool2d(2, stride=1)
     assert 2 * norm(layer_matrix(overlapping, (1, 6, 6))) > 1.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("side", "value"), [(16, 1000.0), (256, 0.01), (256, 1.0)])
+def test_windows_are_summed_in_float32(side: int, value: float, dtype: torch.dtype) -> None:
+    image = torch.full((1, 1, side, side), value, dtype=dtype)
+    expected = side * float(image[0, 0, 0, 0])  # n pixels of v have the norm, and n / sqrt(n) times the mean, v sqrt(n)
+    for layer in (ScaledAdaptiveAvgPool2d(1), AdaptiveL2NormPool2d(1)):
+        assert layer(image).dtype == dtype
+        assert float(layer(image)) == pytest.approx(expected, rel=torch.finfo(dtype).eps)

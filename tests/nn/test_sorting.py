@@ -209,3 +209,16 @@ def test_groups_of_less_than_two_are_refused(size: int) -> None:
 
 def test_representation_tells_the_size_of_the_groups() -> None:
     assert repr(GroupSort(4)) == "GroupSort(group_size=4)"
+
+
+def test_one_channel_is_a_result_of_its_own() -> None:
+    x = torch.rand(2, 1, 3)
+    y = FullSort()(x)
+    assert torch.equal(x, y)
+    assert y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("layer", [MaxMin(), GroupSort(2), FullSort()])
+def test_a_vector_is_no_batch(layer: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"along dimension 1 of a batch: got .*\(4,\); inputs.unsqueeze\(0\) makes"):
+        layer(torch.rand(4))

@@ -170,7 +170,7 @@ def _exported(layer: nn.Module) -> nn.Module:
     plain = _plain(layer)
     plain.requires_grad_(all(parameter.requires_grad for parameter in layer.parameters()))
     dtype = cast(Tensor, plain.weight).dtype
-    layer = layer.double()
+    layer = copy.deepcopy(layer).double()  # another layer may hold the same parameters
     retract_parameters(layer)
     weight = cast(Tensor, layer.weight)
     if isinstance(layer, UnitNormLinear):

@@ -66,6 +66,7 @@ def step_of(
     if target in SCALES:
         return _scale_step(graph, node, index, shapes)
     if target in NEARER:
+        check_nearer(node)
         return Step(node.name, "layer", sources, _UNCHANGED)
     if target in MEANS:
         return Step(node.name, "layer", sources, _mean_bound(node, shapes))
@@ -169,8 +170,10 @@ def _concatenate_step(node: fx.Node, index: dict[fx.Node, int], shapes: dict[fx.
 
 def _mean_bound(node: fx.Node, shapes: dict[fx.Node, Shape]) -> LayerBound:
     """The mean over n numbers: 1 / sqrt(n)."""
-    source = node.args[0]
+    source = node.args[0] if node.args else node.kwargs.get("input")
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if others := set(node.kwargs) - {"input", "dim", "keepdim"}:
+        raise InputError(f"mean: expected no {', '.join(sorted(others))}")
     dims = (dims,) if isinstance(dims, int) else dims
     if not isinstance(source, fx.Node) or source not in shapes or not isinstance(dims, (tuple, list)):
         raise InputError("expected a mean over given dimensions, and input_shape")
@@ -232,6 +235,21 @@ def _is_batch_size(value: Any) -> bool:
         return False
     whole = value.op == "call_method" or is_shape(value.args[0])
     return whole and value.args[1:] == (0,)
+
+
+def check_nearer(node: fx.Node) -> None:
+    """Refuse what a function of `NEARER` takes beside its input, unless it is a number: a limit may move by itself.
+
+    Raises:
+        InputError: expected numbers as limits, and no `out`.
+    """
+    others = [*node.args[1:], *(value for name, value in node.kwargs.items() if name != "input")]
+    if "out" in node.kwargs or not all(value is None or isinstance(value, int | float) for value in others):
+        name = getattr(function_of(node), "__name__", str(node.target))
+        raise InputError(
+            f"{name}: a limit that is a tensor, or a result written into another, has no Lipschitz bound; expected "
+            f"numbers, as in x.clamp(min=0.0, max=1.0), and no out"
+        )
 
 
 def check_batch(node: fx.Node, shapes: dict[fx.Node, Shape]) -> None:

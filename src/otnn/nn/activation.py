@@ -27,7 +27,7 @@ def maxmin(inputs: Tensor, dim: int = 1) -> Tensor:
         >>> maxmin(torch.tensor([[1.0, 5.0, 3.0, 4.0]]))
         tensor([[3., 5., 1., 4.]])
     """
-    if inputs.shape[dim] % 2:
+    if _size(inputs, dim) % 2:
         raise InputError(f"MaxMin sorts pairs: expected an even size along dimension {dim}, got {inputs.shape[dim]}")
     return sort_parts(inputs, 2, dim)
 
@@ -52,19 +52,28 @@ def group_sort(inputs: Tensor, group_size: int, dim: int = 1) -> Tensor:
         >>> group_sort(torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0, 6.0]]), 3)
         tensor([[3., 6., 2., 5., 1., 4.]])
     """
-    size = inputs.shape[dim]
+    size = _size(inputs, dim)
     if group_size < 1 or size % group_size:
         raise InputError(
             f"GroupSort sorts groups of {group_size}: expected a size along dimension {dim} that is a multiple of it, "
             f"got {size}"
         )
     if group_size == 1:
-        return inputs
+        return inputs.clone()  # a result of its own, as of every other layer
     if group_size <= _NETWORK:
         return sort_parts(inputs, group_size, dim)
     dim %= inputs.ndim
     values: Tensor = inputs.unflatten(dim, (group_size, -1)).sort(dim, descending=True).values
     return values.flatten(dim, dim + 1)
+
+
+def _size(inputs: Tensor, dim: int) -> int:
+    if not -inputs.ndim <= dim < inputs.ndim:
+        raise InputError(
+            f"numbers are sorted along dimension {dim} of a batch: got a tensor of shape {tuple(inputs.shape)}; "
+            "inputs.unsqueeze(0) makes a batch of one"
+        )
+    return inputs.shape[dim]
 
 
 class _Sorting(nn.Module):
@@ -134,7 +143,7 @@ class FullSort(_Sorting):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the sorted numbers, in the shape of the inputs."""
-        return group_sort(inputs, max(1, inputs.shape[self.dim]), self.dim)
+        return group_sort(inputs, max(1, _size(inputs, self.dim)), self.dim)
 
 
 class Abs(nn.Module):

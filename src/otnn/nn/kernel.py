@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from otnn.checks import whole
 from otnn.errors import InputError
 from otnn.manifold import Manifold, Stiefel
 from otnn.nn.init import checked_init
@@ -49,7 +51,8 @@ class OrthoKernel(nn.Module):
         init: str,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.in_channels, self.out_channels = whole("in_channels", in_channels), whole("out_channels", out_channels)
+        self.groups = whole("groups", groups)
         self.kernel_size = self._one_size("kernel_size", kernel_size)
         self.stride = self._one_size("stride", stride)
         self.padding = self._one_size("padding", padding)
@@ -57,23 +60,23 @@ class OrthoKernel(nn.Module):
         self.padding_mode = padding_mode
         self.init = checked_init(init)
         self._check_shape()
-        fan_in, fan_out = in_channels // groups, out_channels // groups
+        fan_in, fan_out = self.in_channels // self.groups, self.out_channels // self.groups
         if self.transposed:
             fan_in, fan_out = fan_out, fan_in
         block = self.stride**self.dims
         self._inner = inner = max(fan_in, fan_out // block)
-        several = () if groups == 1 else (groups,)
+        several = () if self.groups == 1 else (self.groups,)
 
         def matrix(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
         taps = self.dims * (self.kernel_size - self.stride)
         # taps and groups share a dimension: torch's channels_last would reorder parameters of four
-        self.projectors = matrix(taps * groups, inner, inner // 2) if taps and inner > 1 else None
+        self.projectors = matrix(taps * self.groups, inner, inner // 2) if taps and inner > 1 else None
         self.expand = matrix(*several, inner, fan_in) if inner > fan_in else None
         absorbed = block == 1 and inner > fan_in
         self.mix = None if absorbed else matrix(*several, fan_out, inner * block)
-        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, device=device, dtype=dtype)) if bias else None
         self.manifolds: dict[str, Manifold] = {
             name: Stiefel() for name in ("projectors", "expand", "mix") if getattr(self, name) is not None
         }
@@ -185,13 +188,18 @@ class OrthoKernel(nn.Module):
                 f"stride {self.stride} admits dilation 1 or {self.stride + 1}, and stride 1 any dilation"
             )
 
-    def _one_size(self, name: str, size: int | Sequence[int]) -> int:
+    def _one_size(self, name: str, size: Any) -> int:
         """One number for all directions, as torch's tuples may give it."""
+        if isinstance(size, str):
+            raise InputError(
+                f"{name}: expected a number of pixels, got {size!r}; at stride 1, dilation * (kernel_size - 1) // 2 "
+                "keeps the size"
+            )
         sizes = tuple(size) if isinstance(size, Sequence) else (size,) * self.dims
-        if len(sizes) != self.dims or not all(isinstance(each, int) and each == sizes[0] for each in sizes):
+        if len(sizes) != self.dims or not all(each == sizes[0] for each in sizes):
             expected = "one size for both directions" if self.dims == 2 else "one size"
             raise InputError(f"{name}: expected {expected}, got {size}")
-        return sizes[0]
+        return whole(name, sizes[0])
 
     def extra_repr(self) -> str:
         """Tell the sizes in torch's order; dilation, groups and init where they are not the usual ones."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from otnn.checks import whole
 from otnn.errors import InputError
 from otnn.manifold import Frobenius, Manifold, Stiefel, UnitRows
 from otnn.nn.init import checked_init
@@ -21,6 +22,7 @@ class _ManifoldLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        in_features, out_features = whole("in_features", in_features), whole("out_features", out_features)
         if in_features < 1 or out_features < 1:
             raise InputError(f"expected at least one feature on each side, got {in_features} and {out_features}")
         super().__init__(in_features, out_features, bias, device, dtype)

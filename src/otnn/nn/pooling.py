@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from otnn.errors import InputError
+from otnn.precision import at_least_float32
 
 Sizes = int | Sequence[int]
 
@@ -146,7 +147,8 @@ class ScaledAdaptiveAvgPool2d(_AdaptivePool2d):
             InputError: no batch of images, or images smaller than the output.
         """
         windows, sizes = self._windows(inputs)
-        return windows.sum(dim=(3, 5)) / sizes.to(inputs.dtype).sqrt()
+        windows = at_least_float32(windows)
+        return (windows.sum(dim=(3, 5)) / sizes.to(windows.dtype).sqrt()).to(inputs.dtype)
 
 
 class AdaptiveL2NormPool2d(_AdaptivePool2d):
@@ -171,7 +173,7 @@ class AdaptiveL2NormPool2d(_AdaptivePool2d):
         Raises:
             InputError: no batch of images, or images smaller than the output.
         """
-        return _norms(self._windows(inputs)[0])
+        return _norms(at_least_float32(self._windows(inputs)[0])).to(inputs.dtype)
 
 
 def _norms(windows: Tensor) -> Tensor:
