@@ -13,7 +13,7 @@ from otnn.conversion import convert
 from otnn.conversion.counterparts import Place, counterpart
 from otnn.errors import InputError
 from otnn.lipschitz import bound
-from otnn.nn import MaxMin
+from otnn.nn import MaxMin, OrthoLinear
 from tests.torch_networks import BasicBlock
 
 # Each with whether it is linear: it then has the norm 1, not less.
@@ -139,6 +139,11 @@ def test_channels_are_last_after_a_dense_layer_on_sequences() -> None:
     assert bound(model.body, (3, 4)).constant <= 1.0001
 
 
+class _Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
 class _Uses(nn.Module):
     """A network of one function of two layers' results."""
 
@@ -169,13 +174,30 @@ def _dashed(x: Tensor, y: Tensor) -> Tensor:
     return x * 0.5
 
 
+def _overwrites(x: Tensor, y: Tensor) -> Tensor:
+    torch.abs(10 * x, out=y)
+    return y
+
+
 REFUSED = [
     (_Uses(_dashed), r"add_: overwrites a value that mul reads later; write add instead of add_"),
     (_Uses(lambda x, y: torch.add(x, 1.0, alpha=3)), r"add: expected two terms or factors"),
     (_Uses(lambda x, y: torch.cat([x, torch.ones(5, 1, 4, 4)], 1)), r"cat: expected torch.cat"),
-    (_Uses(lambda x, y: x.squeeze(1)), r"squeeze: no 1-Lipschitz counterpart of squeeze is known"),
+    (_Uses(lambda x, y: x.squeeze(1)), r"squeeze: no 1-Lipschitz counterpart of squeeze is known; write torch.flatten"),
     (_Uses(lambda x, y: x * y.sigmoid()), r"mul: .*several results"),
-    (_Uses(lambda x, y: x - y), r"sub: .*several results"),
+    (_Uses(lambda x, y: x - y), r"sub: .*several results is known; write a sum"),
+    (_Uses(lambda x, y: x - x), r"sub: subtracts a result from itself, which leaves zero"),
+    (_Uses(lambda x, y: torch.add(x, x, alpha=2)), r"add: expected two terms or factors"),
+    (_Uses(lambda x, y: x + x.shape[1]), r"add: expected a number or a stored tensor beside first, got a size"),
+    (_Uses(lambda x, y: x * x.size(2)), r"mul: expected a number or a stored tensor beside first, got a size"),
+    (_Uses(lambda x, y: torch.clamp(x, min=y)), r"clamp: .*expected numbers"),
+    (_Uses(lambda x, y: x.clamp(torch.zeros(2, 4, 4))), r"clamp: .*expected numbers"),
+    (_Uses(_overwrites), r"abs_1: .*no out"),
+    (_Uses(lambda x, y: torch.mean(x, 1, dtype=torch.float32)), r"mean: expected a mean without arguments other than"),
+    (_Uses(lambda x, y: torch.cat([x, x], 1, out=y)), r"cat: expected torch.cat"),
+    (_Uses(lambda x, y: x.permute(0, 2, 3, 1)), r"permute: .* is known; keep the channels in dimension 1"),
+    (_Uses(lambda x, y: x[:, :1]), r"getitem: .* is known; slices have none: take the whole result"),
+    (_Uses(lambda x, y: F.interpolate(x, scale_factor=2)), r"interpolate: .* is known; use torch.nn.Upsample"),
     (_Uses(lambda x, y: torch.fft.fft2(y).real), r"fft_fft2: no 1-Lipschitz counterpart of fft_fft2 is known"),
     (_Uses(_attention), r"(matmul|mT|getattr).*: no 1-Lipschitz counterpart"),
     (_Uses(lambda x, y: torch.softmax(x, dim=1)), r"softmax: .*probabilities belong to the end"),
@@ -222,6 +244,8 @@ def test_refused_arguments() -> None:
         convert(layer)
     with pytest.raises(InputError, match="does not take images of shape"):
         convert(layer, (5,))
+    with pytest.raises(InputError, match="expected a network of one input, got x, y; wrap it"):
+        convert(_Two(), (8,))
     with pytest.raises(InputError, match=r"expected a torch\.nn\.Module"):
         convert(lambda x: x, (5,))  # type: ignore[arg-type]
 
@@ -233,6 +257,8 @@ def test_a_counterpart_of_another_shape_is_refused() -> None:
 
     with pytest.raises(InputError, match=r"0: OrthoLinear gives \(3,\) instead of \(4,\)"):
         convert(nn.Sequential(Padded(4, 3), nn.ReLU(), nn.Linear(4, 2)), (4,))
+    with pytest.raises(InputError, match=r"0: OrthoLinear gives \(3,\) instead of \(4,\)"):
+        convert(Padded(4, 3), (4,))
 
 
 def test_what_stays_must_compute_what_its_type_says() -> None:
@@ -254,9 +280,27 @@ def test_what_stays_must_compute_what_its_type_says() -> None:
 
     with pytest.raises(InputError, match="0: Doubled computes something else than Identity"):
         convert(nn.Sequential(Doubled(), nn.Flatten()), (4,))
+    with pytest.raises(InputError, match="1: Doubled computes something else than Identity"):
+        convert(nn.Sequential(nn.Linear(4, 2), Doubled()), (4,))
     with pytest.raises(InputError, match="layer: no 1-Lipschitz counterpart of Added of several results"):
         convert(nn.Sequential(Twice(), nn.Flatten()), (4,))
+    with pytest.raises(InputError, match="layer: no 1-Lipschitz counterpart of Added of several results"):
+        convert(Twice(), (4,))
     hooked = nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
     hooked[0].register_forward_hook(lambda module, inputs, output: 3 * output)
-    with pytest.raises(InputError, match="0: MaxPool2d computes something else than MaxPool2d: remove its hook"):
+    with pytest.raises(InputError, match="0: a forward hook may change what MaxPool2d computes"):
         convert(hooked, (1, 4, 4))
+    constrained = nn.Sequential(nn.utils.parametrizations.spectral_norm(OrthoLinear(4, 4)), nn.ReLU())
+    with pytest.raises(InputError, match="0: ParametrizedOrthoLinear has a parametrization beside its own constraint"):
+        convert(constrained, (4,))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_hook_is_not_dropped(place: int) -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.Softmax(dim=1))
+    network[place].register_forward_hook(lambda module, inputs, output: 3 * output)
+    with pytest.raises(InputError, match=rf"{place}: a forward hook may change what .*; remove it$"):
+        convert(network, (4,))
+    old = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.ReLU())
+    with pytest.raises(InputError, match=r"0: a forward hook .* by torch\.nn\.utils\.remove_spectral_norm"):
+        convert(old, (4,))

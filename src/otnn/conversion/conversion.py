@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from otnn.conversion.counterparts import has_rule
-from otnn.conversion.rewrite import WEIGHTED, Change, Rewriter, attribute
+from otnn.conversion.notes import Change
+from otnn.conversion.rewrite import WEIGHTED, Rewriter, attribute
 from otnn.errors import InputError
 from otnn.lipschitz.export import plain_kind, plain_structure
 from otnn.lipschitz.graph import Tracer, check_in_place, checked_shape, sample_shapes, symbolic
@@ -52,7 +53,7 @@ def convert(
 
     Layers, functions and methods become those of `otnn.nn` (`otnn.conversion.counterparts`); a sum of two branches
     becomes a learned convex mix; concatenations and averages are scaled to norm 1; a last dense layer becomes the head
-    of a `Classifier`, and probabilities after it are left out. What has no counterpart raises.
+    of a `Classifier`, and what follows it, probabilities or a squeeze, is left out. What has no counterpart raises.
 
     `otnn.lipschitz.bound` of the result, of its body where it is a `Classifier`, is 1 up to rounding in `eval()` mode.
     Train it like any network, on inputs in [0, 1], with `otnn.manifold.keep_on_manifold`. The original stays as it is;
@@ -69,8 +70,8 @@ def convert(
         multilabel: every output is a label of its own.
 
     Raises:
-        InputError: a layer or an operation without a counterpart, with its name; a forward that cannot be traced;
-            weights of half precision; settings that are not known.
+        InputError: a layer or an operation without a counterpart, with its name; a layer with a forward hook; a forward
+            that cannot be traced, or of several inputs; weights of half precision; settings that are not known.
 
     Example:
         >>> from otnn.lipschitz import bound
@@ -93,6 +94,11 @@ def convert(
     if tracer.is_leaf_module(original, ""):
         original = nn.Sequential(original)
     traced = symbolic(original, tracer)
+    inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise InputError(
+            f"expected a network of one input, got {', '.join(inputs) or 'none'}; wrap it in a module of one input"
+        )
     check_in_place(traced)
     rewriter = Rewriter(traced, sample_shapes(traced, shape), activation=activation, head=head, share=share)
     body: nn.Module = _module(rewriter.run(), "body." if isinstance(model, Classifier) else "")
@@ -100,7 +106,7 @@ def convert(
     if rewriter.head is not None:
         multilabel = multilabel or bool(getattr(model, "multilabel", False))
         result = Classifier(body, rewriter.head, shape, multilabel=multilabel)
-    changes = [*rewriter.changes, *_unused(original, traced, tracer)]
+    changes = [*rewriter.changes, *_unused(original, traced, tracer, constrained)]
     if not constrained:
         result = plain_structure(result)
         for layer in result.modules():
@@ -133,10 +139,10 @@ def _module(whole: fx.GraphModule, prefix: str) -> nn.Module:
     nodes = list(whole.graph.nodes)
     chain = nodes[1:-1]
     in_turn = all(node.op == "call_module" and node.args == (last,) for last, node in zip(nodes, chain, strict=False))
-    names = [str(node.target).removeprefix(prefix) for node in chain]
-    if in_turn and len(set(names)) == len(names):
+    names = [str(node.target).removeprefix(prefix).replace(".", "_") for node in chain]
+    if in_turn and len(set(names)) == len(names) and not any(hasattr(nn.Sequential, name) for name in names):
         layers = [whole.get_submodule(str(node.target)) for node in chain]
-        return nn.Sequential(OrderedDict(zip([name.replace(".", "_") for name in names], layers, strict=True)))
+        return nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
     parts = {}
     for node in nodes:
         if node.op in ("call_module", "get_attr"):
@@ -146,7 +152,7 @@ def _module(whole: fx.GraphModule, prefix: str) -> nn.Module:
     return fx.GraphModule(parts, whole.graph)
 
 
-def _unused(original: nn.Module, traced: fx.GraphModule, tracer: _Tracer) -> Iterator[Change]:
+def _unused(original: nn.Module, traced: fx.GraphModule, tracer: _Tracer, constrained: bool) -> Iterator[Change]:
     """The layers of which no operation is left in the trace."""
     traces = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     for node in traced.graph.nodes:
@@ -154,7 +160,11 @@ def _unused(original: nn.Module, traced: fx.GraphModule, tracer: _Tracer) -> Ite
     for name, layer in original.named_modules():
         container = isinstance(layer, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
         if name and name not in traces and not container and not any(True for _ in layer.children()):
-            why = "does nothing in eval mode" if name in tracer.called else "never called in eval mode"
+            owner, inside, _ = f".{name}".rpartition(".parametrizations.")
+            if inside and owner[1:] in traces:
+                why = "the constraint of the new layer replaces it" if constrained else "the new layer is free"
+            else:
+                why = "does nothing in eval mode" if name in tracer.called else "never called in eval mode"
             yield Change(name, type(layer).__name__, "removed", why)
 
 

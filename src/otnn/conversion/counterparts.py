@@ -84,6 +84,11 @@ def counterpart(layer: nn.Module, place: Place) -> Counterpart:
         Abs()
     """
     if any(kind.__module__.startswith("otnn.nn.") for kind in type(layer).__mro__):
+        if nn.utils.parametrize.is_parametrized(layer):
+            raise InputError(
+                f"{type(layer).__name__} has a parametrization beside its own constraint: expected none; remove it "
+                "with torch.nn.utils.parametrize.remove_parametrizations"
+            )
         return Counterpart(layer)
     found = _rule(layer, place)
     kind = known_kind(layer)

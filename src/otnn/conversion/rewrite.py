@@ -6,40 +6,37 @@ Every operation that is let through is one whose constant `otnn.lipschitz.bound`
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from otnn.conversion.counterparts import FUNCTIONS, PROBABILITIES, Place, counterpart
+from otnn.conversion.notes import Change, check_hooks, holders, no_counterpart, not_kept
 from otnn.errors import InputError
-from otnn.lipschitz.layers import Shape
-from otnn.lipschitz.operations import MEANS, NEARER, QUOTIENTS, SAME, SCALES, SUMS, check_batch, function_of, is_size
+from otnn.lipschitz.layers import Shape, computes_like, known_kind
+from otnn.lipschitz.operations import (
+    MEANS,
+    NEARER,
+    QUOTIENTS,
+    SAME,
+    SCALES,
+    SUMS,
+    check_batch,
+    check_nearer,
+    function_of,
+    is_size,
+)
 from otnn.models import HEADS
 from otnn.nn.residual import ConvexMix
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_}
 _NEGATIONS: set[Any] = {operator.neg, torch.neg, Tensor.neg}
+# What may follow the scores: it gives them another shape only.
+_RESHAPES: set[Any] = {*(SAME - _NEGATIONS), torch.squeeze, Tensor.squeeze, nn.Flatten}
+_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
 _CONSTANTS = ("shape", "ndim", "dtype", "device")
-
-
-@dataclass(frozen=True)
-class Change:
-    """What became of one layer or operation.
-
-    Attributes:
-        name: in the original network; of a function, the module that calls it, a dot, and a name of its own.
-        was: the type of the layer, or the function.
-        now: the type of the new layer, or "removed".
-        why: where the types do not say it.
-    """
-
-    name: str
-    was: str
-    now: str
-    why: str = ""
 
 
 class Rewriter:
@@ -67,6 +64,7 @@ class Rewriter:
         self._new: dict[fx.Node, fx.Node] = {}  # the result that takes the place of a node's
         self._depth: dict[fx.Node, int] = {}  # layers with weights on the longest way to a node
         self._placed: dict[tuple[str, str], str] = {}
+        self._holders = holders(traced)
         self._settled: set[fx.Node] = set()  # products that are a scale of the network already
 
     def run(self) -> fx.GraphModule:
@@ -76,14 +74,13 @@ class Rewriter:
             InputError: what has no counterpart, or one of another shape.
         """
         nodes = list(self._traced.graph.nodes)
-        inputs = [node for node in nodes if node.op == "placeholder"]
-        if len(inputs) != 1:
-            raise InputError(f"expected a network of one input, got {', '.join(node.name for node in inputs)}")
         result = nodes[-1].args[0]
         single = isinstance(result, fx.Node) and result in self._shapes
         endings, last = self._endings(result) if single else ({}, None)
         for node in nodes[:-1]:
             try:
+                if node.op == "call_module":
+                    check_hooks(self._layer(node))
                 if node in endings:
                     self._remove(node, endings[node])
                 elif last is not None and node is last and self._is_head(node):
@@ -119,19 +116,22 @@ class Rewriter:
             self._mix(node, sources)
         elif target in SUMS and len(sources) == 1:
             self._refuse_copies(node, sources)
-            self._copy(_of_two(node))
+            self._add(_of_two(node), sources[0])
         elif target in SCALES and len(sources) == 1:
             self._refuse_copies(node, sources)
             self._rescale(_of_two(node), sources[0])
         elif target in MEANS:
             if len(node.args) < 2 and "dim" not in node.kwargs:
                 raise InputError("expected a mean over given dimensions >= 1")
+            if set(node.kwargs) - {"input", "dim", "keepdim"}:
+                raise InputError("expected a mean without arguments other than dim and keepdim; leave them out")
             self._copy(node)
             count = math.prod(self._shapes[sources[0]]) / math.prod(self._shapes[node])
             self._scale(node, math.sqrt(count), "a mean of n numbers has norm 1 / sqrt(n)")
         elif target in (torch.cat, torch.concat):
             parts: Any = node.args[0] if node.args else ()
-            if not parts or any(part not in self._shapes for part in parts) or not self._keeps_batch(node):
+            whole = bool(parts) and all(part in self._shapes for part in parts) and not set(node.kwargs) - {"dim"}
+            if not whole or not self._keeps_batch(node):
                 raise InputError("expected torch.cat([...], dim) of results of layers, with dim >= 1")
             self._copy(node)
             self._scale(node, 1 / math.sqrt(len(parts)), "n branches of one input together have norm sqrt(n)")
@@ -140,14 +140,12 @@ class Rewriter:
         elif target in SAME | NEARER:
             if target in SAME and set(node.kwargs) - {"start_dim", "end_dim"}:
                 raise InputError("expected no arguments by name")
+            if target in NEARER:
+                check_nearer(node)
             check_batch(node, self._shapes)
             self._copy(node)
         else:
-            several = " of several results" if len(sources) > 1 else ""
-            raise InputError(
-                f"no 1-Lipschitz counterpart of {self._was(node)}{several} is known (attention and gates multiply "
-                "results, and probabilities belong to the end); use layers of torch.nn, or leave it out"
-            )
+            raise no_counterpart(self._was(node), len(sources) > 1)
 
     def _keeps_batch(self, node: fx.Node) -> bool:
         """Whether a concatenation is along another dimension than that of the samples."""
@@ -190,7 +188,27 @@ class Rewriter:
         if found.scale != 1:
             self._scale(node, found.scale, found.why)
         elif not kept or node.op == "call_module":
-            self._note(node, type(found.layer).__name__, found.why)
+            lost = () if kept else self._not_kept(node, found.layer)
+            self._note(node, type(found.layer).__name__, "; ".join(filter(None, (found.why, *lost))))
+
+    def _not_kept(self, node: fx.Node, new: nn.Module) -> Sequence[str]:
+        """What the weights of a new layer, placed already or the head, do not keep of the old ones."""
+        if node.op != "call_module":
+            return ()
+        name = str(node.target)
+        alone = any(other == name and (new is self.head or key != repr(new)) for other, key in self._placed)
+        return not_kept(name, self._layer(node), new, self._holders, alone)
+
+    def _add(self, node: fx.Node, source: fx.Node) -> None:
+        """Keep a sum with a constant, and leave out that of a result with itself."""
+        first, second = node.args
+        if first is not second:
+            self._constant(node, source)
+            self._copy(node)
+        elif function_of(node) in _ADDITIONS:
+            self._remove(node, "a sum of a result with itself doubles distances")
+        else:
+            raise InputError("subtracts a result from itself, which leaves zero; leave it out")
 
     def _mix(self, node: fx.Node, sources: list[fx.Node]) -> None:
         self._refuse_copies(node, sources)
@@ -208,11 +226,9 @@ class Rewriter:
 
     def _rescale(self, node: fx.Node, source: fx.Node) -> None:
         """Keep a product with a constant of at most 1, and leave out others."""
-        other = next((each for each in node.args if each is not source), None)
         divides = function_of(node) in QUOTIENTS
-        if isinstance(other, fx.Node) and other.op == "get_attr":
-            other = attribute(self._traced, str(other.target))
-        if not isinstance(other, (int, float, Tensor)) or (divides and node.args[0] is not source):
+        other = self._constant(node, source)
+        if divides and node.args[0] is not source:
             raise InputError("expected a product with a number or a stored tensor, or a quotient by one; leave it out")
         size = torch.as_tensor(other).detach().double().abs()
         if isinstance(other, nn.Parameter):
@@ -221,6 +237,19 @@ class Rewriter:
             self._remove(node, "it multiplies distances")
         else:
             self._copy(node)
+
+    def _constant(self, node: fx.Node, source: fx.Node) -> int | float | Tensor:
+        """The other term or factor."""
+        other = next((each for each in node.args if each is not source), None)
+        if isinstance(other, fx.Node) and is_size(other):
+            raise InputError(f"expected a number or a stored tensor beside {source.name}, got a size; write it out")
+        if isinstance(other, fx.Node) and other.op == "get_attr":
+            other = attribute(self._traced, str(other.target))
+        if not isinstance(other, (int, float, Tensor)):
+            raise InputError(
+                f"expected a number or a stored tensor beside {source.name}; store it as it is used, or leave it out"
+            )
+        return other
 
     def _scale(self, node: fx.Node, factor: float, why: str) -> None:
         """Multiply a result, unless the only one that reads it does so already."""
@@ -238,21 +267,35 @@ class Rewriter:
     def _endings(self, result: fx.Node) -> tuple[dict[fx.Node, str], fx.Node]:
         """What follows the scores at the end, with the reason to leave it out; and the node of the scores."""
         endings: dict[fx.Node, str] = {}
+        reshapes: list[fx.Node] = []
         node = result
         while node.op != "placeholder" and node.all_input_nodes:
             layer = self._layer(node) if node.op == "call_module" else None
-            if (function_of(node) if layer is None else type(layer)) in PROBABILITIES:
+            kind = function_of(node) if layer is None else type(layer)
+            if kind in PROBABILITIES:
                 endings[node] = "certificates are of scores, not of probabilities"
-            elif isinstance(layer, (nn.Identity, nn.modules.dropout._DropoutNd)):
+            elif self._reshapes(node, kind):
+                reshapes.append(node)
+            elif isinstance(layer, _IDLE) and computes_like(layer, known_kind(layer) or type(layer)):
                 endings[node] = "does nothing in eval mode"
             else:
                 break
             node = node.all_input_nodes[0]
+        if not reshapes or self._is_head(node):
+            return endings | dict.fromkeys(reshapes, "scores are of shape (batch, classes)"), node
         return endings, node
+
+    def _reshapes(self, node: fx.Node, kind: Any) -> bool:
+        """Whether a step takes scores as they are, or one score as a number for each sample."""
+        before, after = (self._shapes.get(each) for each in (node.all_input_nodes[0], node))
+        if before == (1,) and after == ():
+            return kind in _RESHAPES or kind is operator.getitem
+        return before == after and before is not None and len(before) == 1 and kind in _RESHAPES
 
     def _is_head(self, node: fx.Node) -> bool:
         layer = self._layer(node) if node.op == "call_module" else None
-        return isinstance(layer, nn.Linear) and len(self._shapes[node.all_input_nodes[0]]) == 1
+        single = len(node.all_input_nodes) == 1 and len(self._shapes[node.all_input_nodes[0]]) == 1
+        return isinstance(layer, nn.Linear) and single and self._shapes[node] == (layer.out_features,)
 
     def _take_head(self, node: fx.Node) -> None:
         layer: Any = self._layer(node)
@@ -260,7 +303,8 @@ class Rewriter:
         self.head = layer if kept else HEADS[self._head](layer.in_features, layer.out_features)
         self.head.to(self._device, self._dtype)
         self._new[node] = self._new[node.all_input_nodes[0]]
-        self._note(node, type(self.head).__name__, "" if kept else "head")
+        why = () if kept else ("head", *self._not_kept(node, self.head))
+        self._note(node, type(self.head).__name__, "; ".join(why))
 
     def _remove(self, node: fx.Node, why: str) -> None:
         self._new[node] = self._new[next(each for each in node.all_input_nodes if each in self._shapes)]

@@ -245,10 +245,9 @@ def check_nearer(node: fx.Node) -> None:
     """
     others = [*node.args[1:], *(value for name, value in node.kwargs.items() if name != "input")]
     if "out" in node.kwargs or not all(value is None or isinstance(value, int | float) for value in others):
-        name = getattr(function_of(node), "__name__", str(node.target))
         raise InputError(
-            f"{name}: a limit that is a tensor, or a result written into another, has no Lipschitz bound; expected "
-            f"numbers, as in x.clamp(min=0.0, max=1.0), and no out"
+            "a limit that is a tensor, or a result written into another, has no Lipschitz bound; expected numbers, as "
+            "in x.clamp(min=0.0, max=1.0), and no out"
         )
 
 
