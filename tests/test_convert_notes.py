@@ -140,3 +140,14 @@ def test_parametrizations_are_gone(constrained: bool, why: str) -> None:
     spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
     conversion = convert(nn.Sequential(spectral, nn.ReLU(), nn.Linear(4, 2)), (4,), constrained=constrained)
     assert conversion.changes[-1] == Change("0.parametrizations.weight.0", "_SpectralNorm", "removed", why)
+
+
+def test_unit_rows_bound_a_head_only() -> None:
+    torch.manual_seed(0)
+    found = convert(
+        nn.Sequential(UnitNormLinear(8, 8), nn.ReLU(), UnitNormLinear(8, 1), nn.ReLU(), nn.Linear(1, 2)), (8,)
+    )
+    kinds = [type(layer).__name__ for layer in found.model.body]  # type: ignore[union-attr,operator]
+    assert kinds == ["OrthoLinear", "MaxMin", "UnitNormLinear", "Abs"]
+    assert bound(found.model.eval().body, (8,)).constant < 1.00001  # type: ignore[arg-type]
+    assert "unit rows alone do not bound the norm" in str(found)

@@ -29,6 +29,7 @@ from otnn.nn import (
     OrthoLinear,
     ScaledAdaptiveAvgPool2d,
     ScaledAvgPool2d,
+    UnitNormLinear,
 )
 
 # A bound up to this is that of a layer of norm 1: the rest is the rounding of the bound.
@@ -89,7 +90,12 @@ def counterpart(layer: nn.Module, place: Place) -> Counterpart:
                 f"{type(layer).__name__} has a parametrization beside its own constraint: expected none; remove it "
                 "with torch.nn.utils.parametrize.remove_parametrizations"
             )
-        return Counterpart(layer)
+        if not isinstance(layer, UnitNormLinear) or layer.out_features == 1:
+            return Counterpart(layer)
+        new = OrthoLinear(layer.in_features, layer.out_features, layer.bias is not None)
+        return Counterpart(
+            new.to(place.device, place.dtype), "unit rows alone do not bound the norm of what is no head"
+        )
     found = _rule(layer, place)
     kind = known_kind(layer)
     if found.layer is layer and kind is not None and not computes_like(layer, kind):
