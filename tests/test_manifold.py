@@ -20,21 +20,9 @@ from otnn.manifold import (
     retract_parameters,
 )
 from otnn.nn import MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
-
-SHAPES = [(3, 5), (5, 3), (4, 4), (1, 7), (7, 1), (1, 1), (2, 3, 6), (2, 6, 3), (2, 2, 4, 4)]
-# ||G - I||_F of an orthogonal matrix rounded to its dtype: a few units in the last place times the root of its rows
-ON_MANIFOLD = {torch.float32: 5e-6, torch.float64: 1e-14}
+from tests.matrices import ON_MANIFOLD, gaussian, polar
 
 stiefel = Stiefel()
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def polar(point: Tensor) -> Tensor:
-    u, _, vh = torch.linalg.svd(point.double(), full_matrices=False)
-    return u @ vh
 
 
 # --- the other manifolds -----------------------------------------------------------------------------------------
