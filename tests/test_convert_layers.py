@@ -301,6 +301,10 @@ def test_a_hook_is_not_dropped(place: int) -> None:
     network[place].register_forward_hook(lambda module, inputs, output: 3 * output)
     with pytest.raises(InputError, match=rf"{place}: a forward hook may change what .*; remove it$"):
         convert(network, (4,))
+    whole = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    whole.register_forward_pre_hook(lambda module, inputs: (255 * inputs[0],))
+    with pytest.raises(InputError, match="a forward hook may change what Sequential computes: expected none"):
+        convert(whole, (4,))
     old = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.ReLU())
     with pytest.raises(InputError, match=r"0: a forward hook .* by torch\.nn\.utils\.remove_spectral_norm"):
         convert(old, (4,))

@@ -281,3 +281,20 @@ def test_a_parametrization_in_the_place_of_a_weight_is_named() -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(OrthoLinear(4, 2)))
     with pytest.raises(InputError, match=r"0\.weight: expected a parameter of .*; a parametrization or pruning took"):
         retract_parameters(net)
+
+
+def test_what_a_gradient_of_before_still_moves_stays_on_its_manifold() -> None:
+    net = nn.Sequential(OrthoLinear(4, 4), OrthoLinear(4, 4))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.5)
+    keep_on_manifold(optimizer, net)
+    net(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    net[0].requires_grad_(False)  # its gradient stays, and so the optimizer steps it
+    before = net[0].weight.clone()
+    for _ in range(3):
+        optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+    assert stiefel.distance(net[0].weight) < ON_MANIFOLD[torch.float32]
+    net[0].weight.grad.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(FloatingPointError, match=r"0\.weight"):
+        optimizer.step()

@@ -40,7 +40,10 @@ ALPHA, MOMENTUM = 0.98, 0.99
 # Scores of the plain network and of the one that was trained
 CLOSE, COMPARED = 1e-4, 256
 # Sources of otnn on which a run depends
-PARTS = ("nn", "lipschitz", "losses", "data", "manifold.py", "certify.py", "models.py", "potential.py")
+PARTS = (
+    *("nn", "lipschitz", "losses", "data", "manifold.py", "polar.py", "precision.py", "certify.py", "models.py"),
+    *("potential.py", "checks.py", "errors.py"),
+)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -242,7 +245,10 @@ def train(net: nn.Sequential, given: Data, run: Run, epochs: int, limit: int | N
             step += 1
             optimizer.zero_grad()
             images = given.images[index].contiguous(memory_format=torch.channels_last)
-            value = loss(net(images), given.labels[index])
+            scores = net(images)
+            if not bool(torch.isfinite(scores).all()):
+                raise FloatingPointError(f"scores became NaN or infinite at step {step}")
+            value = loss(scores, given.labels[index])
             if not math.isfinite(float(value.detach())):
                 raise FloatingPointError(f"the loss became {float(value.detach())} at step {step}")
             value.backward()

@@ -207,14 +207,14 @@ def retract_parameters(module: nn.Module, *, frozen: bool = True) -> None:
 
     Args:
         module: with layers of `otnn.nn`, or losses.
-        frozen: also those that require no gradient.
+        frozen: also those that require no gradient and have none.
 
     Raises:
         FloatingPointError: a parameter holds NaN or infinite values; the message names it.
     """
     groups: dict[Any, list[tuple[str, nn.Parameter, Manifold]]] = defaultdict(list)
     for name, parameter, manifold in constrained_parameters(module):
-        if not (frozen or parameter.requires_grad):
+        if not (frozen or _trained(parameter)):
             continue
         shape = tuple(parameter.shape)
         if isinstance(manifold, Stiefel):
@@ -246,7 +246,8 @@ def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> "ManifoldHook
     state stays. An infinite gradient is found before the step: neither parameters nor the optimizer's state change.
     A parameter that became infinite in the step, or a retraction that fails, takes all parameters of `modules` back to
     where they were; the optimizer's state is then that of the failed step. Gradients that a closure computes, as for
-    L-BFGS, are seen by their effect only. Parameters that require no gradient are left alone.
+    L-BFGS, are seen by their effect only. Parameters that require no gradient, and
+    have none left from before, are left alone.
 
     Args:
         optimizer: any `torch.optim` optimizer.
@@ -334,9 +335,9 @@ class ManifoldHooks:
             raise
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that require a gradient; a name that occurs in several modules tells which one it is from."""
+        """Parameters that may be stepped; a name that occurs in several modules tells which one it is from."""
         named = [(k, *each) for k, module in enumerate(self._modules) for each in module.named_parameters()]
-        found = [each for each in named if each[2].requires_grad]
+        found = [each for each in named if _trained(each[2])]
         times = Counter(name for _, name, _ in found)
         return {name if times[name] == 1 else f"modules[{k}].{name}": parameter for k, name, parameter in found}
 
@@ -346,6 +347,11 @@ class ManifoldHooks:
         if copy is None or (copy.shape, copy.dtype, copy.device) != (p.shape, p.dtype, p.device):
             return p.clone()
         return copy.copy_(p)
+
+
+def _trained(parameter: nn.Parameter) -> bool:
+    """Whether an optimizer may step it: a gradient that is left from before counts, whatever is required now."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

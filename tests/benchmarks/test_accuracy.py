@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +221,18 @@ def test_a_loss_that_is_not_finite_is_told(folder: Path, monkeypatch: pytest.Mon
     row = training.measured(RUN, folder, 1)
     assert "at step 1" in row["diverged"]
     assert "clean" not in row
+
+
+def test_scores_that_are_not_finite_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(family: Any, plan: Plan, seed: int) -> nn.Sequential:
+        net = build(family, plan, seed)
+        with torch.no_grad():
+            list(layers_of(net))[-1].bias.fill_(torch.nan)
+        return net
+
+    monkeypatch.setattr(training, "build", broken)
+    row = training.measured(RUN, folder, 1)
+    assert row["diverged"] == "scores became NaN or infinite at step 1"
 
 
 def test_a_plain_network_that_computes_something_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,5 +238,8 @@ def test_sizes_may_be_whole_numbers_of_any_type() -> None:
     layer = OrthoConv1d(np.int64(2), 4, np.int64(3), groups=np.int64(2))
     assert (layer.in_channels, layer.kernel_size, layer.groups) == (2, 3, 2)
     assert all(type(size) is int for size in (layer.in_channels, layer.kernel_size, layer.groups))
+    for size in (np.array([3, 3]), torch.tensor([3, 3]), (3.0,)):
+        with pytest.raises(InputError, match="kernel_size: expected a whole number"):
+            OrthoConv1d(2, 2, size)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"out_channels: expected a whole number, got 8\.0"):
         OrthoConv1d(2, 8.0, 3)  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from otnn.checks import check_images
 from otnn.errors import InputError
 from otnn.memory import MEMORY_BUDGET
 
+# Of Adam in C&W
+_STEP = 0.03
 # Half-width of the bounds of C&W without a box, in units of the sample: tanh is linear within 1e-4 where |u| < 1.7
 _WIDE = 100.0
 
@@ -54,8 +56,9 @@ def carlini_wagner(
         steps: of Adam, for each c; foolbox takes 10,000.
         searches: values of c.
         step_size: of Adam, which moves every coordinate by it: in w; without a box, in units of the sample. By default
-            0.03 in the box, where foolbox's 0.01 does not in so few steps leave the walls, at which tanh is flat, and
-            without a box 0.1 / sqrt(coordinates), so that the whole step is a tenth of a unit in any dimension.
+            0.03 in the box, where foolbox's 0.01 does not in so few steps leave the walls, at which tanh is flat.
+            Without a box 0.1 / sqrt(coordinates), so that a step of all of them is a tenth of a unit long, and once
+            more with 0.03 for samples that do not win so: their boundary depends on few coordinates.
         generator: not needed: nothing is drawn.
         memory_budget: bytes.
 
@@ -79,21 +82,28 @@ def carlini_wagner(
     check_count("steps", steps)
     check_count("searches", searches)
     check_images(inputs, box=box)
-    if step_size is None:
-        step_size = 0.03 if box else 0.1 / math.sqrt(inputs[0].numel())
-    rate = step_size if box else step_size / _WIDE
+    rates = [step_size] if step_size is not None else [_STEP] if box else [0.1 / math.sqrt(inputs[0].numel()), _STEP]
     # A first c of 1 is near the least that wins in these units: long steps in the box cross by overshooting, and the
     # search then goes on below it, where nothing wins
     first = 10.0 if box else 1.0
-    attack = foolbox.attacks.L2CarliniWagnerAttack(
-        # stopping early looks at the sum of the losses of all samples, and so would make them depend on each other
-        binary_search_steps=searches, steps=steps, stepsize=rate, initial_const=first, abort_early=False
-    )  # fmt: skip
     bounds = (0.0, 1.0) if box else (-_WIDE, _WIDE)
-    return _minimal(
-        attack, model, inputs, labels, targeted=targeted, loss=loss, box=box, duel=True, bounds=bounds,
-        generator=generator, memory_budget=memory_budget, squared=True,
-    )  # fmt: skip
+
+    def points(rate: float, images: Tensor, classes: Tensor) -> Tensor:
+        attack = foolbox.attacks.L2CarliniWagnerAttack(
+            # stopping early looks at the sum of the losses of all samples, and so would make them depend on each other
+            binary_search_steps=searches, steps=steps, stepsize=rate if box else rate / _WIDE, initial_const=first,
+            abort_early=False,
+        )  # fmt: skip
+        return _minimal(
+            attack, model, images, classes, targeted=targeted, loss=loss, box=box, duel=True, bounds=bounds,
+            generator=generator, memory_budget=memory_budget, squared=True,
+        )  # fmt: skip
+
+    found = points(rates[0], inputs, labels)
+    still = (found == inputs).flatten(1).all(dim=1).nonzero().squeeze(1)
+    if len(rates) > 1 and len(still):
+        found[still] = points(rates[1], inputs[still], labels[still])
+    return found
 
 
 def deepfool(

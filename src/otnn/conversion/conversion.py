@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from otnn.conversion.counterparts import has_rule
-from otnn.conversion.notes import Change
+from otnn.conversion.notes import Change, check_hooks
 from otnn.conversion.rewrite import WEIGHTED, Rewriter, attribute
 from otnn.errors import InputError
 from otnn.lipschitz.export import plain_kind, plain_structure
@@ -93,6 +93,7 @@ def convert(
     tracer = _Tracer()
     if tracer.is_leaf_module(original, ""):
         original = nn.Sequential(original)
+    check_hooks(original)
     traced = symbolic(original, tracer)
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:

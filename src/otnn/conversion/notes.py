@@ -55,7 +55,8 @@ def check_hooks(layer: nn.Module) -> None:
         InputError: there is one.
     """
     if has_hooks(layer):
-        old = ", an old spectral_norm by torch.nn.utils.remove_spectral_norm" if layer._forward_pre_hooks else ""
+        spectral = any(type(hook).__name__ == "SpectralNorm" for hook in layer._forward_pre_hooks.values())
+        old = ", an old spectral_norm by torch.nn.utils.remove_spectral_norm" if spectral else ""
         raise InputError(
             f"a forward hook may change what {type(layer).__name__} computes: expected none; remove it{old}"
         )
@@ -88,5 +89,5 @@ def not_kept(name: str, layer: nn.Module, new: nn.Module, found: dict[int, list[
         if others:
             lost.append(f"its {kind} was shared with {', '.join(others)}; no longer")
     if not all(parameter.requires_grad for parameter in layer.parameters()):
-        lost.append("its weights were frozen; the fresh ones are trained")
+        lost.append("not all of its weights were trained; the fresh ones are")
     return lost

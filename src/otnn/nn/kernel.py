@@ -195,11 +195,11 @@ class OrthoKernel(nn.Module):
                 f"{name}: expected a number of pixels, got {size!r}; at stride 1, dilation * (kernel_size - 1) // 2 "
                 "keeps the size"
             )
-        sizes = tuple(size) if isinstance(size, Sequence) else (size,) * self.dims
-        if len(sizes) != self.dims or not all(each == sizes[0] for each in sizes):
+        sizes = [whole(name, each) for each in (size if isinstance(size, Sequence) else (size,) * self.dims)]
+        if len(sizes) != self.dims or len(set(sizes)) > 1:
             expected = "one size for both directions" if self.dims == 2 else "one size"
             raise InputError(f"{name}: expected {expected}, got {size}")
-        return whole(name, sizes[0])
+        return sizes[0]
 
     def extra_repr(self) -> str:
         """Tell the sizes in torch's order; dilation, groups and init where they are not the usual ones."""
