@@ -48,7 +48,9 @@ def test_the_report_of_the_comparison(
             assert found["seconds"]["min"] > 0
         # what each attack is made of: 100 steps, beside the first look and the scales of a sample
         assert 100 <= row["attacks"]["ddn"]["backwards"] <= 105
-        assert 9 * 6 <= row["attacks"]["carlini_wagner"]["backwards"] <= 9 * 6 + 5
+        # without a box, what six steps do not win is tried once more with longer ones
+        runs = 1 if row["box"] else 2
+        assert 9 * 6 <= row["attacks"]["carlini_wagner"]["backwards"] <= runs * (9 * 6 + 5)
     assert "x foolbox's best" in capsys.readouterr().out
 
 
