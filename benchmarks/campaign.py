@@ -160,10 +160,15 @@ def _results(
                 yield working.pop(future), future.result()
 
 
-def code_digest() -> str:
-    """The SHA-256 of the sources of otnn and of the benchmarks: results of other code are not mixed with these."""
+def code_digest(*parts: Path) -> str:
+    """The SHA-256 of sources, so that results of other code are not mixed with these.
+
+    Args:
+        parts: files, or folders of which every source counts; by default all of otnn and of the benchmarks.
+    """
     digest = sha256()
-    for root in (Path(otnn.__file__).parent, Path(__file__).parent):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    for part in parts or (Path(otnn.__file__).parent, Path(__file__).parent):
+        for file in sorted(part.rglob("*.py")) if part.is_dir() else [part]:
+            name = file.relative_to(part).as_posix() if part.is_dir() else file.name
+            digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

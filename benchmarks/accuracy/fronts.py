@@ -96,7 +96,7 @@ def _setting(rows: Sequence[Json]) -> Json:
         "clean": _spread([row["clean"] for row in rows]),
         "certified": {radius: _spread([row["certified"][radius] for row in rows]) for radius in RADII},
         "mean radius": _spread([row["mean radius"] for row in rows]),
-        "bound": _spread([row["bound"] for row in rows]),
+        "constant": _spread([row["constant"] for row in rows]),
         "seconds": _spread([row["seconds"] for row in rows]),
     }
 

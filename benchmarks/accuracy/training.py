@@ -1,7 +1,7 @@
 """One run: a network of a library is trained, read out into plain layers and certified.
 
 Everything but the layers is the same for all libraries: the plan of the network with zero padding and otnn's MaxMin, a
-head with rows of norm 1, the loss, Adam with a one-cycle schedule, the batches of a seed, and the certificate.
+head with rows of norm 1, the loss, Adam with a one-cycle schedule, the batches of a seed, and the radii.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,12 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 import otnn
+from benchmarks import campaign
+from benchmarks.accuracy import norms as norms_source
+from benchmarks.accuracy.norms import norms
 from benchmarks.layers import nets, peers
 from benchmarks.layers.nets import FAMILIES, MAXMIN, OTNN, PLAN, TORCHLIP, ZEROS, Family, Plan, build, layers_of
-from otnn.certify import certified_accuracy, certify
+from otnn.certify import certify
 from otnn.data import load
 from otnn.errors import InputError
 from otnn.lipschitz import bound, export
@@ -192,10 +194,8 @@ def measured(run: Run, data_dir: Path | None, epochs: int, limit: int | None = N
         limit: stop after so many steps of the schedule; None goes through.
 
     Returns:
-        The settings with "clean" and "certified" accuracy, "mean radius" over all test images (0 where the prediction
-        is wrong), "bounds" of the layers before the head, their product "bound", the largest "difference" between the
-        scores of the trained and the plain network, and CPU "seconds" of training; or, where the loss became NaN or
-        infinite, "diverged".
+        The settings with the `figures` of the network, the largest "difference" between the scores of the trained and
+        the plain network, and CPU "seconds" of training; or, where the loss became NaN or infinite, "diverged".
 
     Raises:
         ArithmeticError: the plain network computes something else than the trained one.
@@ -260,32 +260,40 @@ def train(net: nn.Sequential, given: Data, run: Run, epochs: int, limit: int | N
 
 
 def figures(model: Classifier, images: Tensor, labels: Tensor) -> Json:
-    """Accuracies, mean radius and bounds of a plain network, by `otnn.certify`.
+    """What a plain network reaches on images.
 
-    The radius is the smallest (z_y - z_j) / (L ||w_y - w_j||) over the rivals j, L the product of the proven bounds of
-    the layers before the head at their image sizes.
+    The radius is the smallest (z_y - z_j) / (L ||w_y - w_j||) over the rivals j, and 0 where the prediction is wrong.
+    L is the product of the `norms` of the layers before the head at their image sizes. "proven" is the same by
+    `otnn.certify`, with their proven bounds in the place of the norms.
+
+    Returns:
+        "clean" and "certified" accuracy, the "mean radius", the "norms" and their product "constant", and what is
+        "proven": "certified" accuracy, "mean radius", "bounds" and their product "constant".
     """
     certificate = certify(model, images)
     right = certificate.prediction == labels
-    held = certified_accuracy(certificate, labels, list(RADII.values()))
     body = bound(model.body, model.input_shape)
     weighted = {name for name, layer in model.body.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    bounds = [constant for name, constant in body.layers if name in weighted]
+    # both are from above, up to the convergence of the norm
+    exact = [min(pair) for pair in zip(norms(model.body, model.input_shape), bounds, strict=True)]
+    constant = math.prod(exact)
+
+    def reached(radius: Tensor) -> Json:
+        held = {name: float((right & (radius >= least)).double().mean()) for name, least in RADII.items()}
+        return {"certified": held, "mean radius": float(torch.where(right, radius, 0.0).mean())}
+
     return {
         "clean": float(right.double().mean()),
-        "certified": dict(zip(RADII, held.values(), strict=True)),
-        "mean radius": float(torch.where(right, certificate.radius, 0.0).mean()),
-        "bounds": [constant for name, constant in body.layers if name in weighted],
-        "bound": body.constant,
+        **reached(certificate.radius * (body.constant / constant)),
+        "norms": exact,
+        "constant": constant,
+        "proven": {**reached(certificate.radius), "bounds": bounds, "constant": body.constant},
     }
 
 
 def code_digest() -> str:
     """The SHA-256 of the sources that a run depends on."""
     root = Path(otnn.__file__).parent
-    files = []
-    for part in PARTS:
-        files += sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
-    digest = sha256()
-    for file in [*files, Path(nets.__file__), Path(peers.__file__), Path(__file__)]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    own = (Path(nets.__file__), Path(peers.__file__), Path(norms_source.__file__), Path(__file__))
+    return campaign.code_digest(*(root / part for part in PARTS), *own)

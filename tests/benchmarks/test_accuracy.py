@@ -89,8 +89,8 @@ def test_a_stopped_campaign_goes_on_to_the_same_report(
         assert held == sorted(held, reverse=True)
         assert 0 < row["clean"] <= 1  # ten classes, far apart
         assert 0 < row["mean radius"] < 4  # by half of the distance of two images of 64 pixels at most
-        assert len(row["bounds"]) == 3  # two convolutions and a dense layer
-        assert row["bound"] == pytest.approx(np.prod(row["bounds"]))
+        assert len(row["norms"]) == len(row["proven"]["bounds"]) == 3  # two convolutions and a dense layer
+        assert row["constant"] == pytest.approx(np.prod(row["norms"]))
         assert row["difference"] < 1e-4
     # seeds differ
     assert report["runs"][0]["mean radius"] != report["runs"][2]["mean radius"]
@@ -151,7 +151,7 @@ def test_processes_make_the_same_runs(tmp_path: Path) -> None:
 def fake(run: Run) -> dict:
     held = dict.fromkeys(RADII, 0.5 - 0.1 * run.seed)
     row = {name: getattr(run, name) for name in Run.__dataclass_fields__}
-    return {**row, "clean": 0.8, "certified": held, "mean radius": 0.5, "bound": 1.0, "seconds": 1.0}
+    return {**row, "clean": 0.8, "certified": held, "mean radius": 0.5, "constant": 1.0, "seconds": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_radius_is_that_of_the_geometry_of_the_head(folder: Path) -> None:
     for score, label in zip(scores, given.test_labels, strict=True):
         own = int(score.argmax())
         quotients = [
-            float((score[own] - score[j]) / (found["bound"] * (rows[own] - rows[j]).norm()))
+            float((score[own] - score[j]) / (found["constant"] * (rows[own] - rows[j]).norm()))
             for j in range(10)
             if j != own
         ]
@@ -209,7 +209,7 @@ def test_the_radius_is_that_of_the_geometry_of_the_head(folder: Path) -> None:
     for name, radius in RADII.items():
         assert found["certified"][name] == sum(each >= radius for each in radii) / 100
     assert found["clean"] > 0.8  # by chance .1
-    assert 1 - 1e-5 < found["bound"] <= 1
+    assert 1 - 1e-5 < found["constant"] <= 1
     assert [float(row.norm()) for row in rows] == pytest.approx([1] * 10, abs=1e-6)
 
 

@@ -89,7 +89,7 @@ class Recipe:
 
     width: int = 32
     depth: int = 15
-    steps: int = 4500
+    steps: int = 3000
     learning_rate: float = 0.3
     bias_share: float = 0.2
     twin_depth: int = 4
