@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ import typer
 import benchmarks.accuracy
 from benchmarks import command
 from benchmarks.accuracy.campaign import HEADER, Rows, run_all
-from benchmarks.accuracy.fronts import SETTING, summary
+from benchmarks.accuracy.fronts import SETTING, promising, summary
 from benchmarks.accuracy.training import (
     ALPHA,
     BATCH,
@@ -36,7 +37,7 @@ from otnn.run.train import versions
 
 app = typer.Typer(help=benchmarks.accuracy.__doc__, pretty_exceptions_enable=False, add_completion=False)
 
-RATES, MARGINS, TEMPERATURES = (3e-3, 1e-2), (0.5, 1.0, 2.0), (10.0, 20.0)
+RATES, MARGINS, TEMPERATURES = (1e-2, 3e-2), (0.5, 1.5, 4.0), (10.0, 20.0)
 COLOURS = dict(zip(LIBRARIES, ("#0b6e4f", "#d1495b", "#2e6fba"), strict=True))
 MARKS = dict(zip(LIBRARIES, "osD", strict=True))
 
@@ -53,6 +54,9 @@ def accuracy(
         list[float] | None, typer.Option(help=f"Of the loss; {TEMPERATURES} by default; repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each setting, seeds 0, 1, ...", min=1)] = 3,
+    narrow: Annotated[
+        bool, typer.Option(help="Seeds after the first only for settings on a library's own front with the first.")
+    ] = False,
     epochs: Annotated[int, typer.Option(help="Of each run.", min=1)] = 2,
     library: Annotated[
         list[str] | None, typer.Option(help="Of otnn, deel-torchlip, orthogonium; those installed by default.")
@@ -77,8 +81,12 @@ def accuracy(
         )
     }
     header = header_of(epochs)
-    runs = runs_of(names, grid, seeds)
-    rows = run_all(runs, partial(measured, data_dir=data_dir, epochs=epochs), out, header, workers)
+    runs = runs_of(names, grid, 1 if narrow else seeds)
+    job = partial(measured, data_dir=data_dir, epochs=epochs)
+    rows = run_all(runs, job, out, header, workers)
+    if narrow:
+        runs += narrowed(rows, runs, seeds)
+        rows = run_all(runs, job, out, header, workers)
     report = report_of(rows, runs, header, grid)
     write_whole(out, json_bytes(report))
     write_whole(out.with_suffix(".png"), plot(report))
@@ -126,6 +134,13 @@ def runs_of(libraries: Sequence[str], grid: Mapping[str, Sequence[float]], seeds
         Run(library, *setting, seed)
         for seed, setting, library in itertools.product(range(seeds), list(settings), libraries)
     ]
+
+
+def narrowed(rows: Rows, runs: Sequence[Run], seeds: int) -> list[Run]:
+    """The seeds after the first of the settings that lie on their library's front at some radius with the first."""
+    found = promising([rows[run] for run in runs])
+    kept = [run for run in runs if (run.library, run.learning_rate, run.margin, run.temperature) in found]
+    return [replace(run, seed=seed) for seed in range(1, seeds) for run in kept]
 
 
 def report_of(rows: Rows, runs: Sequence[Run], header: Json, grid: Mapping[str, Sequence[float]]) -> Json:

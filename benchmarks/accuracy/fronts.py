@@ -52,27 +52,18 @@ def summary(rows: Sequence[Json]) -> Json:
     """What is told of runs.
 
     Args:
-        rows: of `training.measured`, the same settings and seeds for each library.
+        rows: of `training.measured`, the same settings for each library.
 
     Returns:
         "comparison" of otnn with each peer, "fronts" by radius and library, "settings" with their spread over the
-        seeds, and "diverged": settings of which a run diverged, which are in no front.
+        seeds, and "diverged": settings of which a run diverged. Those are in no front, nor are settings that were run
+        with fewer seeds than others.
     """
-    groups: dict[tuple[Any, ...], list[Json]] = defaultdict(list)
-    for row in rows:
-        groups[(row["library"], *(row[name] for name in SETTING))].append(row)
-    diverged = [key for key, own in groups.items() if any("diverged" in row for row in own)]
-    settings: dict[str, list[Json]] = {}
-    for key, own in groups.items():
-        told = settings.setdefault(key[0], [])
-        if key not in diverged:
-            told.append(_setting(own))
+    every, diverged = _settings(rows)
+    most = max((len(one["seeds"]) for own in every.values() for one in own), default=0)
+    settings = {name: [one for one in own if len(one["seeds"]) == most] for name, own in every.items()}
     names = list(settings)
-    fronts = {
-        radius: {name: [settings[name][k] for k in front([_point(one, radius) for one in settings[name]])]
-                 for name in names}
-        for radius in RADII
-    }  # fmt: skip
+    fronts = _fronts(settings)
     peers = [name for name in names if name != OTNN] if OTNN in names else []
     return {
         "criterion": CRITERION,
@@ -82,8 +73,40 @@ def summary(rows: Sequence[Json]) -> Json:
         "fronts": {
             radius: {name: [_short(one, radius) for one in fronts[radius][name]] for name in names} for radius in RADII
         },
-        "settings": [one for own in settings.values() for one in own],
+        "settings": [one for own in every.values() for one in own],
         "diverged": [dict(zip(("library", *SETTING), key, strict=True)) for key in diverged],
+    }
+
+
+def promising(rows: Sequence[Json]) -> set[tuple[Any, ...]]:
+    """The library and setting of each point of a library's own front, at any radius."""
+    return {
+        (name, *(one[part] for part in SETTING))
+        for fronts in _fronts(_settings(rows)[0]).values()
+        for name, own in fronts.items()
+        for one in own
+    }
+
+
+def _settings(rows: Sequence[Json]) -> tuple[dict[str, list[Json]], list[tuple[Any, ...]]]:
+    """By library, what each setting reached; and the library and setting of those of which a run diverged."""
+    groups: dict[tuple[Any, ...], list[Json]] = defaultdict(list)
+    for row in rows:
+        groups[(row["library"], *(row[name] for name in SETTING))].append(row)
+    diverged = [key for key, own in groups.items() if any("diverged" in row for row in own)]
+    settings: dict[str, list[Json]] = {}
+    for key, own in groups.items():
+        told = settings.setdefault(key[0], [])
+        if key not in diverged:
+            told.append(_setting(own))
+    return settings, diverged
+
+
+def _fronts(settings: Mapping[str, Sequence[Json]]) -> dict[str, dict[str, list[Json]]]:
+    """By radius and library, the settings that no other of that library dominates."""
+    return {
+        radius: {name: [own[k] for k in front([_point(one, radius) for one in own])] for name, own in settings.items()}
+        for radius in RADII
     }
 
 

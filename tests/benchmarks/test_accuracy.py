@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,31 @@ def test_every_seed_goes_over_the_whole_grid_before_the_next() -> None:
     assert [run.seed for run in runs] == [0] * 8 + [1] * 8 + [2] * 8
     assert [run.library for run in runs] == ["a", "b"] * 12
     assert {(r.learning_rate, r.temperature) for r in runs[:8]} == {(x, y) for x in (1e-3, 1e-2) for y in (10.0, 20.0)}
+
+
+def test_only_settings_on_a_front_are_run_again() -> None:
+    runs = command_line.runs_of([OTNN, TORCHLIP], {"learning_rate": [1e-3, 1e-2, 1e-1]}
+                                | {"margin": [0.5], "temperature": [10.0]}, 1)  # fmt: skip
+    points = dict(zip(runs, [(0.9, 0.4), (0.6, 0.7), (0.8, 0.7), (0.85, 0.5), (0.8, 0.3), (0.7, 0.5)], strict=True))
+    made = {run: {**fake(run), "clean": clean, "certified": dict.fromkeys(RADII, held)}
+            for run, (clean, held) in points.items()}  # fmt: skip
+    again = command_line.narrowed(made, runs, 3)
+    assert [(run.library, run.learning_rate, run.seed) for run in again] == [
+        (library, rate, seed) for seed in (1, 2) for library, rate in expected_of(points)
+    ]
+    # a front is of settings with all seeds
+    told = summary([*made.values(), *({**made[replace(run, seed=0)], "seed": run.seed} for run in again)])
+    assert {len(one["seeds"]) for one in told["settings"]} == {1, 3}
+    assert {one["clean"]["mean"] for one in told["fronts"]["1"][OTNN]} == {0.9, 0.8}
+
+
+def expected_of(points: dict[Run, tuple[float, float]]) -> list[tuple[str, float]]:
+    """Library and rate of what no setting of the same library dominates, by comparing all pairs."""
+    return [
+        (run.library, run.learning_rate)
+        for run, point in points.items()
+        if not any(dominates(other, point) for rival, other in points.items() if rival.library == run.library)
+    ]
 
 
 # --- one run -----------------------------------------------------------------------------------------------------
