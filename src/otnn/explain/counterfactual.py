@@ -292,7 +292,7 @@ def _first_flip(pairs: Pairs, walk: Walk, way: _Images, crossing: Tensor, bounda
     first = hit.int().argmax(dim=1, keepdim=True)
     low, high = (way.lengths.gather(1, (first - back).clamp(min=0)).squeeze(1) for back in (1, 0))
     met = hit.any(dim=1) & walked
-    at_once = walked & pairs.reached(pairs.scores(boundary), everyone) & (~met | (crossing > low)) & crossing.isfinite()
+    at_once = walked & pairs.reached(pairs.scores(boundary), everyone) & (~met | (crossing <= high))
     rows = (met & ~at_once).nonzero().squeeze(1)
     result = torch.where(at_once, crossing, torch.nan)
     if len(rows):
