@@ -7,13 +7,22 @@ import pytest
 import torch
 
 from otnn.errors import InputError
-from otnn.losses import hinge, hkr, kr, one_vs_all_hkr, soft_hkr, temperature_cross_entropy
+from otnn.losses import (
+    HingeLoss,
+    HKRLoss,
+    OneVsAllHKRLoss,
+    SoftHKRLoss,
+    TemperatureCrossEntropyLoss,
+    hinge,
+    hkr,
+    kr,
+    one_vs_all_hkr,
+    soft_hkr,
+    temperature_cross_entropy,
+)
 from tests.losses.batches import binary, several
 
-PRIORS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-MARGINS = torch.tensor([0.3, 0.1, 0.7], dtype=torch.float64)
-
-
+EVEN = torch.tensor([0.25, 0.5, 0.25])
 TWO = torch.tensor([0, 1])
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "one class": (
@@ -105,6 +114,47 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: temperature_cross_entropy(torch.ones(2, 2), TWO, temperature=0.0),
         "temperature: expected a finite number > 0, got 0.0",
     ),
+    "module: neither": (lambda: HKRLoss(), "expected margin=, or alpha= for a learned margin, got neither"),
+    "module: both": (
+        lambda: SoftHKRLoss(EVEN, margin=0.1, alpha=0.1),
+        "expected margin= for a fixed margin or alpha= for a learned one, got both",
+    ),
+    "module: no weight": (lambda: HKRLoss(margin=0.1), "expected hinge_weight, or alpha"),
+    "module: margin": (
+        lambda: HKRLoss(margin=-1.0, hinge_weight=1.0),
+        "margin: expected finite numbers >= 0 (per side), got -1.0",
+    ),
+    "module: margins": (
+        lambda: SoftHKRLoss(EVEN, margin=[0.1, math.inf, 0.1], hinge_weight=1.0),
+        "margin: expected finite numbers >= 0 (per side), got",
+    ),
+    "module: hinge margin": (lambda: HingeLoss(-0.1), "margin: expected finite numbers >= 0"),
+    "module: prior": (
+        lambda: HKRLoss(margin=0.1, hinge_weight=1.0, prior=1.0),
+        "prior: expected the share of label 1, in (0, 1)",
+    ),
+    "module: alpha": (
+        lambda: HKRLoss(alpha=0.5, prior=0.2),
+        "alpha must be in (0, 2 * min(p, 1 - p)] = (0, 0.4], got 0.5",
+    ),
+    "module: alpha 0": (
+        lambda: HKRLoss(alpha=0.0),
+        "alpha: expected a share > 0 of the data inside the margin, got 0.0",
+    ),
+    "module: alpha < 0": (lambda: SoftHKRLoss(EVEN, alpha=-0.1), "alpha: expected a share > 0"),
+    "module: alpha nan": (lambda: OneVsAllHKRLoss(EVEN, alpha=math.nan), "alpha: expected a share > 0"),
+    "module: one-vs-all alpha": (
+        lambda: OneVsAllHKRLoss(EVEN, alpha=0.6),
+        "alpha must be in (0, 2 * min(p, 1 - p)] = (0, 0.5], got 0.6",
+    ),
+    "module: temperature": (
+        lambda: SoftHKRLoss(EVEN, margin=0.1, hinge_weight=1.0, temperature=-1.0),
+        "temperature: expected a finite number > 0, got -1.0",
+    ),
+    "module: cross-entropy": (
+        lambda: TemperatureCrossEntropyLoss(math.nan),
+        "temperature: expected a finite number > 0, got nan",
+    ),
 }
 
 
@@ -140,3 +190,16 @@ def test_sample_weights_of_another_shape_are_refused() -> None:
     scores, labels = binary()
     with pytest.raises(InputError, match="sample_weight"):
         hinge(scores, labels, sample_weight=torch.rand(12, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.0},
+        {"margin": 0.1, "hinge_weight": 1.0, "kr_form": "hard"},
+        {"margin": [0.1, 0.2], "hinge_weight": 1.0},
+    ],
+)
+def test_soft_parameters_are_refused_at_once(options: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        SoftHKRLoss(EVEN, **options)  # type: ignore[arg-type]
