@@ -25,7 +25,6 @@ from benchmarks.accuracy.training import (
     RADII,
     WARMUP,
     Run,
-    code_digest,
     installed,
     measured,
 )
@@ -115,7 +114,7 @@ def _positive(name: str, values: Sequence[float]) -> list[float]:
 
 
 def header_of(epochs: int) -> Json:
-    """What all runs of a campaign have in common: the protocol, versions and code."""
+    """What all runs of a campaign have in common: the protocol and the versions."""
     return {
         "data": DATA,
         "epochs": epochs,
@@ -123,7 +122,6 @@ def header_of(epochs: int) -> Json:
         "alpha": ALPHA,
         "pct_start": WARMUP,
         "versions": versions() | peers.installed(),
-        "code": code_digest(),
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.training import Run
+from benchmarks.accuracy.training import Run, code_digest
 from benchmarks.campaign import Json, console, differences, partial_file, read_partial, work_through
 from otnn.files import json_bytes, read_json, write_whole
 
@@ -14,7 +14,7 @@ HEADER = "made with"
 
 
 def finished(out: Path, header: Mapping[str, Any]) -> Rows:
-    """The runs that are stored: in the partial file, or else in a report of the same header.
+    """The runs that are stored, by today's code: in the partial file, or else in a report of the same header.
 
     Raises:
         InputError: a partial file of another header.
@@ -27,7 +27,11 @@ def finished(out: Path, header: Mapping[str, Any]) -> Rows:
         if kept.get(HEADER) != header:
             _tell(f"{out}: made with {differences(kept.get(HEADER), header)}; its runs are made again")
             return {}
-    return {run_of(row): row for row in kept["runs"]}
+    rows = {run_of(row): row for row in kept["runs"]}
+    own = {run: row for run, row in rows.items() if row.get("code") == code_digest(run.library)}
+    if len(own) < len(rows):
+        _tell(f"{out}: {len(rows) - len(own)} of {len(rows)} runs were made by other code; they are made again")
+    return own
 
 
 def run_of(row: Json) -> Run:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,12 @@ RADII: Mapping[str, float] = {"36/255": 36 / 255, "0.5": 0.5, "1": 1.0}
 ALPHA, MOMENTUM = 0.98, 0.99
 # Scores of the plain network and of the one that was trained
 CLOSE, COMPARED = 1e-4, 256
-# Sources of otnn on which a run depends
+# Sources of otnn on which a run of any library depends, and those on which its own does beside them
 PARTS = (
-    *("nn", "lipschitz", "losses", "data", "manifold.py", "polar.py", "precision.py", "certify.py", "models.py"),
-    *("potential.py", "checks.py", "errors.py"),
+    *("nn", "lipschitz", "losses", "data", "precision.py", "certify.py", "models.py", "potential.py", "checks.py"),
+    "errors.py",
 )
+OWN_PARTS = ("manifold", "polar.py")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -194,8 +195,9 @@ def measured(run: Run, data_dir: Path | None, epochs: int, limit: int | None = N
         limit: stop after so many steps of the schedule; None goes through.
 
     Returns:
-        The settings with the `figures` of the network, the largest "difference" between the scores of the trained and
-        the plain network, and CPU "seconds" of training; or, where the loss became NaN or infinite, "diverged".
+        The settings, the digest of the "code", the `figures` of the network, the largest "difference" between the
+        scores of the trained and the plain network, and CPU "seconds" of training; or, where the loss became NaN or
+        infinite, "diverged".
 
     Raises:
         ArithmeticError: the plain network computes something else than the trained one.
@@ -203,7 +205,7 @@ def measured(run: Run, data_dir: Path | None, epochs: int, limit: int | None = N
     given, library = data(data_dir), LIBRARIES[run.library]
     shape = tuple(given.images.shape[1:])
     plan = dataclasses.replace(PLAN, pixels=shape[1], channels=shape[0], classes=given.classes)
-    row: Json = dataclasses.asdict(run)
+    row: Json = {**dataclasses.asdict(run), "code": code_digest(run.library)}
     start = time.process_time()
     net = build(library.family(), plan, run.seed)
     nets.to_format(net, torch.channels_last)
@@ -292,8 +294,10 @@ def figures(model: Classifier, images: Tensor, labels: Tensor) -> Json:
     }
 
 
-def code_digest() -> str:
-    """The SHA-256 of the sources that a run depends on."""
+@cache
+def code_digest(library: str) -> str:
+    """The SHA-256 of the sources that a run of a library depends on."""
     root = Path(otnn.__file__).parent
+    parts = PARTS + (OWN_PARTS if library == OTNN else ())
     own = (Path(nets.__file__), Path(peers.__file__), Path(norms_source.__file__), Path(__file__))
-    return campaign.code_digest(*(root / part for part in PARTS), *own)
+    return campaign.code_digest(*(root / part for part in parts), *own)

@@ -143,6 +143,20 @@ def test_runs_of_other_settings_stay(tmp_path: Path) -> None:
         campaign.finished(out, {"epochs": 2})
 
 
+def test_runs_of_other_code_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    runs = [Run(library, 1e-3, 1.0, 10.0, 0) for library in (OTNN, TORCHLIP)]
+    assert training.code_digest(OTNN) != training.code_digest(TORCHLIP)
+    campaign.run_all(runs, fake, out, {}, 1)
+    assert list(campaign.finished(out, {})) == runs
+    digest = training.code_digest
+    monkeypatch.setattr(campaign, "code_digest", lambda name: digest(name) + "changed" * (name == OTNN))
+    assert list(campaign.finished(out, {})) == runs[1:]
+    assert "1 of 2 runs were made by other code" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_processes_make_the_same_runs(tmp_path: Path) -> None:
     runs = [Run(OTNN, 1e-3, 1.0, 10.0, seed) for seed in range(5)]
     rows = campaign.run_all(runs, fake, tmp_path / "out.json", {}, 2)
@@ -152,6 +166,7 @@ def test_processes_make_the_same_runs(tmp_path: Path) -> None:
 def fake(run: Run) -> dict:
     held = dict.fromkeys(RADII, 0.5 - 0.1 * run.seed)
     row = {name: getattr(run, name) for name in Run.__dataclass_fields__}
+    row["code"] = training.code_digest(run.library)
     return {**row, "clean": 0.8, "certified": held, "mean radius": 0.5, "constant": 1.0, "seconds": 1.0}
 
 
