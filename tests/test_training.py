@@ -112,6 +112,8 @@ def test_a_clipped_step_is_the_projection_of_the_plain_one() -> None:
     raw = {name: p.grad * (norm / 0.5) for name, p in training.model.named_parameters()}
     training.optimizer.step()
     moved = before
+    for name, parameter, manifold in constrained_parameters(moved):
+        raw[name] = manifold.tangent(parameter.detach(), raw[name])
     with torch.no_grad():
         for name, parameter in moved.named_parameters():
             parameter -= 0.3 * (raw[name] * (0.5 / norm) + 0.1 * parameter)
