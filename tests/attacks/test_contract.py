@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from otnn.attacks import ATTACKS, evaluate, pgd
+from otnn.attacks.adapter import settle
+from otnn.attacks.objective import Objective
 from otnn.attacks.step import gradient_step
 from otnn.errors import InputError
 
@@ -78,6 +80,62 @@ def test_points_carry_no_graph(name: str) -> None:
         assert not outcome.distance.requires_grad
         assert inputs.grad is None
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_caller_without_gradients_gets_the_same(name: str) -> None:
+    model, x = dense(), pictures()
+    labels = model(x).argmax(dim=1)
+    expected = attack(name, model, x, labels)
+    with torch.no_grad():
+        assert torch.equal(attack(name, model, x, labels, generator=None), expected)
+    with pytest.raises(InputError, match=r"generator: expected a torch\.Generator or None, got 3"):
+        attack(name, model, x, labels, generator=3)
+
+
+def along_the_normal(away: list[float]) -> tuple[nn.Module, Tensor]:
+    """z = 3 x + 4 y - 3.5 and points so far from its boundary, on the normal through (.5, .5)."""
+    model = nn.Linear(2, 1).eval()
+    model.weight.data, model.bias.data = torch.tensor([[3.0, 4.0]]), torch.tensor([-3.5])
+    return model, 0.5 + torch.tensor(away).unsqueeze(1) * torch.tensor([0.6, 0.8])
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ATTACKS.items() if entry.minimal])
+def test_samples_close_to_the_boundary_and_on_it_are_turned(name: str) -> None:
+    away = [0.5, 1e-2, 1e-3, 3e-4, 1e-4, 1e-5]
+    model, x = along_the_normal([*away, 0.0])
+    labels = torch.tensor([1] * 6 + [0])  # a score of 0 is class 0
+    points = attack(name, model, x, labels, steps=100) if name == "ddn" else attack(name, model, x, labels)
+    found = evaluate(model, x, labels, points)
+    assert found.success.all()
+    assert all(evaluate(model, x[k : k + 1], labels[k : k + 1], points[k : k + 1]).success for k in range(7))
+    # 32 roundings of the terms 3 x + 4 y, which are 6 at most; over the norm 5 of the gradient
+    rounding = 32 * torch.finfo(torch.float32).eps * 6 / 5
+    assert (found.distance <= 1.1 * torch.tensor([*away, 0.0]) + 5 * rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name, entry in ATTACKS.items() if entry.minimal])
+def test_half_precision_is_attacked(name: str, dtype: torch.dtype) -> None:
+    model, x = along_the_normal([0.3, 0.1, 0.03])
+    model, x, labels = model.to(dtype), x.to(dtype), torch.ones(3).long()
+    for box in (False, True):
+        found = evaluate(model, x, labels, attack(name, model, x, labels, box=box), box=box)
+        assert found.success.all(), box
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate(model.float(), x.float(), labels, attack(name, model, x.float(), labels)).success.all()
+
+
+def test_what_wins_by_less_than_rounding_is_not_given_up_for_the_input() -> None:
+    """Beyond the boundary this lead is 1e-6 everywhere, below the 32 roundings of |x| = 1.5."""
+
+    class Low(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - 0.5).clamp(min=-1e-6)
+
+    inputs, points, labels = torch.tensor([[1.5], [1.5]]), torch.tensor([[0.4], [0.6]]), torch.ones(2).long()
+    found = settle(Objective(Low().eval(), inputs, labels), inputs, points)
+    assert torch.equal(found, torch.tensor([[0.4], [1.5]]))
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "square"])

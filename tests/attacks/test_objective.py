@@ -123,12 +123,26 @@ ATTACK: dict[str, Callable[..., Tensor]] = {
 LABELS = torch.tensor([0, 1, 2])
 
 
+def partly_training() -> nn.Module:
+    model = nn.Sequential(linear(6), nn.BatchNorm1d(6), linear(3)).double().eval()
+    model[1].train()
+    return model
+
+
 @pytest.mark.parametrize("attack", ATTACK)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": lambda x: x}, "model: expected a torch.nn.Module, got function"),
         ({"model": linear(3).train()}, "the model is in training mode; call model.eval"),
+        ({"model": partly_training()}, "^1 is in training mode; call model.eval"),
+        ({"model": linear(3, dtype=torch.float32)}, "inputs: expected torch.float32 as the weights .* torch.float64"),
+        ({"model": Plain(lambda rows: linear(3)(rows.sub_(0.5)))}, "model: expected a forward that leaves its input"),
+        (
+            {"model": Plain(lambda rows: linear(3)(rows.data.mul_(2)))},
+            "model: expected a forward that leaves its input",
+        ),
+        ({"generator": 3}, "generator: expected a torch.Generator or None, got 3"),
         ({"model": Plain(lambda rows: (rows, rows))}, "model: expected a tensor of scores .batch, outputs., got tuple"),
         ({"model": Plain(lambda rows: rows.view(-1, 2, 3))}, r"model: expected scores \(1, outputs\), got shape"),
         ({"model": Plain(lambda rows: rows.mean())}, r"model: expected scores \(1, outputs\), got shape \(\)"),
@@ -152,8 +166,25 @@ LABELS = torch.tensor([0, 1, 2])
 )
 def test_what_cannot_be_attacked_is_refused(attack: str, change: dict[str, Any], message: str) -> None:
     given = {"model": linear(3), "inputs": rows(3), "labels": LABELS, **change}
+    settings = {key: value for key, value in given.items() if key not in ("model", "inputs", "labels")}
     with pytest.raises(InputError, match=message):
-        ATTACK[attack](given.pop("model"), given.pop("inputs"), given.pop("labels"), **given)
+        ATTACK[attack](given["model"], inputs := given["inputs"], given["labels"], **settings)
+    if "model" in change:
+        assert torch.equal(inputs, rows(3))
+
+
+def test_the_statistics_of_a_part_in_training_mode_are_not_moved() -> None:
+    model = partly_training()
+    for use in (lambda: pgd(model, rows(3), LABELS, 0.5), lambda: evaluate(model, rows(3), LABELS, rows(3))):
+        with pytest.raises(InputError, match="1 is in training mode"):
+            use()
+    assert torch.equal(model[1].running_mean, torch.zeros(6).double())  # type: ignore[index]
+
+
+def test_a_model_that_converts_its_inputs_is_attacked() -> None:
+    model, x = linear(3), rows(10)
+    found = gradient_step(Plain(lambda rows: model(rows.double())), x.float(), predicted(model, x), 0.5)
+    assert torch.allclose(found, gradient_step(model, x, predicted(model, x), 0.5).float(), atol=1e-6)
 
 
 @pytest.mark.parametrize("attack", ATTACK)
@@ -177,6 +208,7 @@ def test_classifiers_are_checked_as_everywhere(attack: str) -> None:
         (-0.1, "radius: expected finite numbers >= 0, got a negative one"),
         (torch.nan, "radius: expected finite numbers >= 0"),
         (torch.inf, "radius: expected finite numbers >= 0"),
+        (1e308, r"radius: expected at most 4.494e\+307, a quarter of the largest torch.float64, got 1e\+308"),
         (torch.zeros(2), r"radius: expected one number, or one for each sample \(3,\), got \(2,\)"),
     ],
 )

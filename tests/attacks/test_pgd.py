@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -174,13 +176,15 @@ def test_nothing_is_found_below_the_certified_radius(classes: int, norm: str) ->
         ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
         ({"steps": 2.5}, "steps: expected an integer >= 1, got 2.5"),
         ({"restarts": 0}, "restarts: expected an integer >= 1, got 0"),
-        ({"step_size": 0.0}, "step_size: expected a share of the radius > 0, got 0.0"),
-        ({"step_size": torch.nan}, "step_size: expected a share of the radius > 0, got nan"),
+        ({"step_size": 0.0}, "step_size: expected a finite number > 0, got 0.0"),
+        ({"step_size": torch.nan}, "step_size: expected a finite number > 0, got nan"),
+        ({"step_size": "a"}, "step_size: expected a finite number > 0, got 'a'"),
+        ({"momentum": None}, r"momentum: expected a number in \[0, 1\], got None"),
         ({"momentum": -0.1}, r"momentum: expected a number in \[0, 1\], got -0.1"),
         ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\], got 1.5"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     model, x = linear(3), rows(4)
     with pytest.raises(InputError, match=message):
         pgd(model, x, predicted(model, x), 0.5, **settings)

@@ -320,20 +320,29 @@ def test_the_unit_of_saturated_scores_is_not_that_of_the_first_order() -> None:
         (lambda m, x, y: ddn(m, x, y, norm="linf"), "ddn takes l2"),
         (lambda m, x, y: fmn(m, x, y, loss="cross_entropy"), "fmn takes margin"),
         (lambda m, x, y: fab(m, x, y, loss="cross_entropy"), "fab takes margin"),
-        (lambda m, x, y: deepfool(m, x, y, candidates=1), "at least 2 classes"),
+        (lambda m, x, y: deepfool(m, x, y, candidates=1), "candidates: expected an integer >= 2, got 1"),
+        (lambda m, x, y: deepfool(m, x, y, candidates=2.5), "candidates: expected an integer >= 2, got 2.5"),
+        (lambda m, x, y: deepfool(m, x, y, overshoot=0), "overshoot: expected a finite number > 0, got 0"),
+        (lambda m, x, y: carlini_wagner(m, x, y, step_size=torch.inf), "step_size: expected a finite number > 0"),
+        (lambda m, x, y: ddn(m, x, y, radius=torch.nan), "radius: expected a finite number > 0, got nan"),
+        (lambda m, x, y: ddn(m, x, y, radius=True), "radius: expected a finite number > 0, got True"),
+        (lambda m, x, y: ddn(m, x, y, gamma=1.0), "gamma: expected a number > 0 and < 1, got 1.0"),
+        (lambda m, x, y: fmn(m, x, y, step_size=-1.0), "step_size: expected a finite number > 0, got -1.0"),
+        (lambda m, x, y: fmn(m, x, y, gamma="a"), "gamma: expected a number > 0 and < 1, got 'a'"),
         (lambda m, x, y: ddn(m, x, y, norm="l1"), "expected one of l2, linf"),
         (lambda m, x, y: ddn(m, x * torch.nan, y), "NaN"),
         (lambda m, x, y: fmn(m, x + 2, y, box=True), r"values in \[0, 1\]"),
         (lambda m, x, y: apgd(m, x, y, -1.0), "finite numbers >= 0"),
         (lambda m, x, y: square(m, x.flatten(1), y, 1.0), "attack others with pgd"),
-        (lambda m, x, y: square(m, x[..., :4], y, 1.0), "at least 5 x 5 pixels"),
+        (lambda m, x, y: square(m, x[..., :4, :4], y, 1.0), "at least 5 x 5 pixels"),
+        (lambda m, x, y: square(m, x.view(-1, 1, 12, 3), y, 1.0), r"as high as wide .* got shape \(8, 1, 12, 3\)"),
         (lambda m, x, y: fab(m, x, y, memory_budget=10), "memory_budget"),
     ],
 )
 def test_what_cannot_be_attacked_is_refused(call: Callable[..., Tensor], text: str) -> None:
     model, inputs, labels = linear(2)
     if "5 x 5" in text:
-        model = nn.Sequential(nn.Flatten(), nn.Linear(24, 2)).eval()
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
     with pytest.raises(InputError, match=text):
         call(model, inputs, labels)
 

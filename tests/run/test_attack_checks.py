@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from otnn.attacks.table import ATTACKS
 from otnn.certify import Certificate, certify
 from otnn.cli import main
-from otnn.models import Classifier, predict
+from otnn.errors import InputError
+from otnn.models import Classifier, build, predict
 from otnn.run import attack as stage
 from otnn.run import attacked
 from otnn.run.attack import attack_run
@@ -122,13 +123,47 @@ def test_the_search_is_tried_on_what_is_left_and_on_nothing_else(told: Told) -> 
     assert found["tried"][-1] == found["turned"][-1] == 16
 
 
-def test_a_part_in_training_mode_is_no_fixed_network(run: Run) -> None:
+def test_a_network_that_draws_is_not_fixed_and_one_that_trains_is_refused(run: Run) -> None:
     images, labels = chosen(dataset_of(run), 5, 0)
     model = run.network("otnn")
     victim = Victim("otnn", model, images, labels, HOW)
     assert victim.deterministic()
-    model.body[0].train()  # as a layer that overrides eval() would be
+    victim.model = Planted(model, "random")  # in eval() mode
     assert not victim.deterministic()
+    model.body[0].train()  # as a layer that overrides eval() would be
+    with pytest.raises(InputError, match=r"body\.0 is in training mode"):
+        Victim("otnn", model, images, labels, HOW)
+
+
+def test_an_attack_that_gave_up_is_named_and_fails_nothing(told: Told) -> None:
+    """Nor is one step, which need not turn everything."""
+    content = copy.deepcopy(told[1])
+    attacks = content["networks"]["otnn"]["attacks"]
+    attacks["fmn"] = copy.deepcopy(attacks["pgd"]) | {"at_largest": 1 / 40}
+    attacks["step"]["at_largest"] = 0.5
+    rows = [row for row in check_all(content) if row["check"] == "0 at a large radius"]
+    assert [row["passed"] for row in rows] == [True, True]
+    assert [row["detail"] for row in rows] == [
+        "accuracy 0.0% at radius 8; of its own fmn leaves 2.5%",
+        "accuracy 0.0% at radius 8",
+    ]
+    content["checks"] = rows
+    warnings = [sentence for sentence in verdict(content) if sentence.startswith("WARNING")]
+    assert warnings == ["WARNING: attacks gave up (OTNN): at radius 8, where others turn everything, fmn leaves 2.5%."]
+    assert not any(sentence.startswith("WARNING") for sentence in told[1]["verdict"])
+
+
+def test_no_search_on_pictures_that_square_cannot_take() -> None:
+    """In L2 those that are not as high as wide; its squares in Linf take any."""
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    model, images = build("dense", (1, 12, 6), 3, widths=(8,)).eval(), torch.rand(4, 1, 12, 6)
+    labels = predict(model(images).detach())
+    for norm in ("l2", "linf"):
+        victim = Victim("otnn", model, images, labels, HOW | {"norm": norm})
+        idle = Found(torch.full((4,), torch.inf).double(), images.clone(), torch.zeros(4).bool())
+        found = search_left(victim, {"none": idle}, [0.0, 1.0], 0, lambda text: None)
+        assert (found is None) == (norm == "l2")
 
 
 def test_a_wrong_certificate_fails_loudly(

@@ -113,6 +113,9 @@ def test_accuracy_and_size_are_counted_on_the_same_images() -> None:
         ((images() + 1, "brightness", 0.1), r"expected values in \[0, 1\]"),
         ((torch.full((1, 1, 2, 2), torch.nan), "jpeg", 50.0), "NaN or infinite"),
         ((torch.zeros(0, 1, 2, 2), "jpeg", 50.0), "at least one sample"),
+        ((images(), "gaussian_blur", -1.0), r"severity: expected a finite number >= 0 \(pixels of gaussian_blur\)"),
+        ((images(), "jpeg", math.nan), "severity: expected a finite number >= 0 .* got nan"),
+        ((images(), "brightness", "a"), "severity: expected a finite number >= 0 .* got 'a'"),
         ((torch.zeros(2, 4), "jpeg", 50.0), r"expected images \(n, channels, height, width\), got shape \(2, 4\)"),
         ((torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "jpeg", 50.0), "floating-point"),
     ],
@@ -120,3 +123,29 @@ def test_accuracy_and_size_are_counted_on_the_same_images() -> None:
 def test_what_cannot_be_used_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         corrupt(*arguments)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_images_with_a_graph_are_corrupted_without_it(name: str) -> None:
+    inputs, severity = images(), CORRUPTIONS[name].severities[0]
+    changed = corrupt(inputs.clone().requires_grad_(), name, severity)
+    assert not changed.requires_grad
+    assert torch.equal(changed, corrupt(inputs, name, severity))
+
+
+def test_networks_and_labels_are_checked_as_in_attacks() -> None:
+    model = build("dense", (1, 12, 12), 3, widths=(8,)).eval()
+    inputs, labels = images(), torch.tensor([0, 1, 2, 0])
+    for given, message in (
+        (labels.unsqueeze(1), r"labels: expected one per sample, shape \(4,\)"),
+        (labels.float(), "labels: expected integers, got torch.float32"),
+        (labels + 1, r"labels: expected integers in 0\.\.2"),
+        ([0, 1, 2, 0], "labels: expected a tensor, got list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            corrupted_accuracy({"one": model}, inputs, given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"expected torch\.float32 as the weights"):
+        corrupted_accuracy({"one": model}, inputs.double(), labels)
+    model.body[0].train()
+    with pytest.raises(InputError, match=r"body\.0 is in training mode"):
+        corrupted_accuracy({"one": model}, inputs, labels)

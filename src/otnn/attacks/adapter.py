@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from otnn.attacks.ball import ascent
 from otnn.attacks.objective import Objective, slope_of
-from otnn.attacks.step import clearance, lead, look
+from otnn.attacks.step import check_generator, clearance, lead, look
 from otnn.batches import sample_norm, spread
 from otnn.errors import InputError
 from otnn.explain.guards import draw_seed, seeded
@@ -19,8 +19,10 @@ from otnn.potential import class_scores
 # Lengths of the gradient step, in first-order distances, of which the shortest that wins is the unit of a sample
 _TRIES = tuple(1.05 * 2.0**k for k in range(-10, 4))
 # A point that wins by less than the rounding of its scores is moved on by multiples of the share of its distance that
-# lifts a linear lead from the slack of a criterion to that rounding, at most a hundredth
+# lifts a linear lead from the slack of a criterion to that rounding, at most a hundredth or four times what it takes
 SLACK, _MULTIPLES, _MOST = 1e-5, (0.0, 1.1, 2.0, 4.0, 16.0), 0.01
+# Of that share, so that no multiple of it overflows in half precision
+_FARTHEST = 1e3
 
 
 class View(nn.Module):
@@ -104,10 +106,12 @@ def scales(objective: Objective, images: Tensor, index: Tensor) -> tuple[Tensor,
     """A length for each sample and the size of its lead (m,), by which steps and constants of a library are measured.
 
     The length is that of the shortest gradient step that wins, among fixed shares of the first-order distance
-    |f| / ||grad f||; 1, the size of a pixel, where none does. The cost is one backward and 15 forwards.
+    |f| / ||grad f||; 1, the size of a pixel, where none does. The size is |f|, and the rounding of f where that is
+    more, as on the boundary itself. The cost is one backward and 15 forwards.
     """
-    value, gradient = objective.gradients(images, index, objective.margin)
-    size = value.abs().clamp(min=torch.finfo(images.dtype).tiny)
+    scores, gradient = look(objective, images, index, objective.margin)
+    size = torch.maximum(objective.margin(scores, index).abs(), clearance(scores, gradient, images))
+    size = size.clamp(min=torch.finfo(size.dtype).tiny)
     distance = size / sample_norm(gradient)
     direction = ascent(gradient, "l2")
     length = torch.ones_like(size)
@@ -137,10 +141,11 @@ def run(
         generator: seeds the global generators that a library draws from, which are restored; a seed of 0 by default.
         memory_budget: bytes; a chunk is what one forward and backward may hold.
     """
+    check_generator(generator)
     index = torch.arange(len(inputs), device=inputs.device)
     index = index[~objective.won(objective.scores(inputs), index)]
     points = inputs.detach().clone()
-    with parametrize.cached(), seeded(draw_seed(generator), inputs.device):
+    with torch.enable_grad(), parametrize.cached(), seeded(draw_seed(generator), inputs.device):
         size = chunk_size(inputs[:1], memory_budget, objective.model, gradient=True)
         for part in index.split(size):
             if len(part):
@@ -149,24 +154,38 @@ def run(
 
 
 def settle(objective: Objective, inputs: Tensor, points: Tensor) -> Tensor:
-    """The points (n, ...) that win, moved on by a hundredth at most where rounding may undo it, else the inputs."""
+    """The points (n, ...) that win, moved on where rounding may undo their lead; the inputs where nothing wins.
+
+    A point on the boundary, or beyond it by less than its clearance, is moved on along the segment from its input until
+    it leads by more; an input whose scores tie, which most libraries leave where it is, along its gradient. Where no
+    such move does, the nearest of those tried that wins by the scores of the model is kept, though it may not in a
+    batch of another size: what wins is never given up for the input.
+    """
     index = torch.arange(len(inputs), device=inputs.device)
     inputs = inputs.detach()
     readable = torch.isfinite(points).flatten(1).all(dim=1)
     points = torch.where(spread(readable, inputs), points, inputs)
     scores, gradient = look(objective, inputs, index, objective.margin)
     clear = clearance(scores, gradient, inputs)
-    share = SLACK + clear / objective.margin(scores, index).abs()
+    behind = objective.margin(scores, index)
+    tied = (behind == 0) & (points == inputs).flatten(1).all(dim=1)
+    step = spread((clear / sample_norm(gradient)).nan_to_num(posinf=0.0).to(inputs), inputs) * ascent(gradient, "l2")
+    points = torch.where(spread(tied, inputs), inputs + step, points)
+    gain = objective.margin(objective.scores(points), index) - behind
+    needs = torch.where(gain > 0, clear / gain, 0.0).clamp(max=_FARTHEST)  # of a linear lead
     settled, open_ = inputs.clone(), ~objective.won(scores, index)
+    wins = torch.zeros_like(open_)
     for multiple in _MULTIPLES:
         if not bool(open_.any()):
             break
-        further = points + spread((multiple * share).clamp(max=_MOST), points) * (points - inputs)
-        further = objective.inside(further)
-        _, won = lead(objective, objective.scores(further), index, clear)
-        won &= open_
-        settled = torch.where(spread(won, inputs), further, settled)
-        open_ &= ~won
+        share = torch.minimum(multiple * (SLACK + needs), (4 * needs).clamp(min=_MOST))
+        further = objective.inside(points + spread(share.to(points), points) * (points - inputs))
+        scores = objective.scores(further)
+        _, sure = lead(objective, scores, index, clear)
+        better = open_ & (sure | (objective.won(scores, index) & ~wins))
+        settled = torch.where(spread(better, inputs), further, settled)
+        wins |= better
+        open_ &= ~sure
     return settled
 
 

@@ -22,7 +22,7 @@ from otnn.memory import MEMORY_BUDGET
 _NORMS = {"l2": "L2", "linf": "Linf"}
 # Half of the box of FAB without one, in units of the sample
 _WIDE = 20.0
-# Square cuts L2 noise into five tiles a side
+# Square cuts L2 noise into five tiles a side, each as high as wide
 TILES = 5
 
 
@@ -58,7 +58,8 @@ def apgd(
         box: stay in [0, 1].
         steps: of each start.
         restarts: starts; samples that are won are not attacked again.
-        generator: of the starts, which depend on the other samples of the batch; seeded with 0 by default.
+        generator: of the starts, which depend on the other samples of a chunk, and so on the batch and on
+            `memory_budget`; seeded with 0 by default.
         memory_budget: bytes.
 
     Returns:
@@ -132,7 +133,8 @@ def square(
 
     Args:
         model: see `Objective`.
-        inputs: (n, channels, height, width) finite; in [0, 1] if `box`; of at least 5 x 5 pixels in "l2".
+        inputs: (n, channels, height, width) finite; in [0, 1] if `box`; in "l2" as high as wide, and of at least 5 x 5
+            pixels.
         labels: (n,) the true classes, or the targets.
         radius: of the balls, one for all or (n,), in input units.
         norm: "l2" or "linf".
@@ -140,7 +142,8 @@ def square(
         loss: "margin" or "cross_entropy", by which a proposal is kept.
         box: stay in [0, 1].
         queries: forwards at most; AutoAttack takes 5,000.
-        generator: of the search, which depends on the other samples of the batch; seeded with 0 by default.
+        generator: of the search, which depends on the other samples of a chunk, and so on the batch and on
+            `memory_budget`; seeded with 0 by default.
         memory_budget: bytes.
 
     Returns:
@@ -163,11 +166,11 @@ def square(
     check_count("queries", queries)
     kind = _square()
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
-    least = TILES if norm == "l2" else 1
-    if inputs.ndim != 4 or min(inputs.shape[2:]) < least:
+    if not searchable(inputs, norm):
+        which = f", as high as wide and of at least {TILES} x {TILES} pixels" if norm == "l2" else ""
         raise InputError(
-            f"inputs: square in {norm} takes images (n, channels, height, width) of at least {least} x {least} pixels, "
-            f"got shape {tuple(inputs.shape)}; attack others with pgd"
+            f"inputs: square in {norm} takes images (n, channels, height, width){which}, got shape "
+            f"{tuple(inputs.shape)}; attack others with pgd"
         )
     radii, inputs = radii_of(radius, inputs), _plain(inputs)
 
@@ -181,6 +184,20 @@ def square(
         return project(images, view.images(points), radii[index], norm, box=box)
 
     return run(objective, inputs, chunk, generator=generator, memory_budget=memory_budget)
+
+
+def searchable(inputs: Tensor, norm: str) -> bool:
+    """Whether Square takes inputs: images (n, channels, height, width), in L2 square ones of at least 5 x 5 pixels.
+
+    Example:
+        >>> images = torch.zeros(1, 1, 12, 6)
+        >>> searchable(images, "l2"), searchable(images, "linf")
+        (False, True)
+    """
+    if inputs.ndim != 4 or 0 in inputs.shape:
+        return False
+    height, width = inputs.shape[2:]
+    return norm != "l2" or height == width >= TILES
 
 
 def fab(

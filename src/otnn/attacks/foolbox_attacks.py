@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from otnn.attacks.adapter import SLACK, View, as_they_are, missing, run, scales, settle
 from otnn.attacks.objective import Objective, check_norm
-from otnn.attacks.step import check_count
+from otnn.attacks.step import check_count, check_number
 from otnn.batches import spread
 from otnn.checks import check_images
 from otnn.errors import InputError
@@ -55,10 +55,10 @@ def carlini_wagner(
         box: stay in [0, 1], by x = (1 + tanh w) / 2.
         steps: of Adam, for each c; foolbox takes 10,000.
         searches: values of c.
-        step_size: of Adam, which moves every coordinate by it: in w; without a box, in units of the sample. By default
-            0.03 in the box, where foolbox's 0.01 does not in so few steps leave the walls, at which tanh is flat.
-            Without a box 0.1 / sqrt(coordinates), so that a step of all of them is a tenth of a unit long, and once
-            more with 0.03 for samples that do not win so: their boundary depends on few coordinates.
+        step_size: of Adam, which moves every coordinate by it, > 0: in w; without a box, in units of the sample. By
+            default 0.03 in the box, where foolbox's 0.01 does not in so few steps leave the walls, at which tanh is
+            flat. Without a box 0.1 / sqrt(coordinates), so that a step of all of them is a tenth of a unit long, and
+            once more with 0.03 for samples that do not win so: their boundary depends on few coordinates.
         generator: not needed: nothing is drawn.
         memory_budget: bytes.
 
@@ -66,7 +66,7 @@ def carlini_wagner(
         (n, ...) points; the input where the attack fails, or where it is won from the start.
 
     Raises:
-        InputError: what cannot be attacked; foolbox is not installed.
+        InputError: what cannot be attacked, or settings out of range; foolbox is not installed.
 
     Source: Carlini and Wagner 2017, section VI A (L2).
 
@@ -81,6 +81,8 @@ def carlini_wagner(
     _only("carlini_wagner", norm, ("l2",), loss, ("margin",))
     check_count("steps", steps)
     check_count("searches", searches)
+    if step_size is not None:
+        check_number("step_size", step_size)
     check_images(inputs, box=box)
     rates = [step_size] if step_size is not None else [_STEP] if box else [0.1 / math.sqrt(inputs[0].numel()), _STEP]
     # A first c of 1 is near the least that wins in these units: long steps in the box cross by overshooting, and the
@@ -132,8 +134,9 @@ def deepfool(
         loss: "margin" or "cross_entropy": differences of log-probabilities are those of scores, so both are the same.
         box: clamp each step to [0, 1].
         steps: at most.
-        candidates: how many classes, the largest scores at the input, are looked at; one backward each.
-        overshoot: by how much the sum of the steps is lengthened.
+        candidates: how many classes, the largest scores at the input, are looked at, >= 2: the label's and a rival's;
+            one backward each.
+        overshoot: by how much the sum of the steps is lengthened, > 0.
         generator: not needed: nothing is drawn.
         memory_budget: bytes.
 
@@ -141,7 +144,7 @@ def deepfool(
         (n, ...) points; the input where the attack fails, or where it is won from the start.
 
     Raises:
-        InputError: what cannot be attacked; foolbox is not installed.
+        InputError: what cannot be attacked, or settings out of range; foolbox is not installed.
 
     Source: Moosavi-Dezfooli, Fawzi and Frossard 2016, algorithm 2.
 
@@ -155,8 +158,8 @@ def deepfool(
     foolbox = _foolbox()
     _only("deepfool", norm, ("l2", "linf"), loss, ("margin", "cross_entropy"))
     check_count("steps", steps)
-    if candidates < 2:
-        raise InputError(f"candidates: expected at least 2 classes, the label's and a rival's, got {candidates}")
+    check_count("candidates", candidates, least=2)
+    check_number("overshoot", overshoot)
     kind = foolbox.attacks.L2DeepFoolAttack if norm == "l2" else foolbox.attacks.LinfDeepFoolAttack
     attack = kind(steps=steps, candidates=candidates, overshoot=overshoot)
     return _minimal(
@@ -191,7 +194,7 @@ def ddn(
         loss: "margin", as the cross-entropy of the two scores -f/2 and f/2 of the margin f, or "cross_entropy".
         box: stay in [0, 1].
         steps: how many.
-        radius: of the first sphere, in input units; without a box in units of the sample.
+        radius: of the first sphere, > 0, in input units; without a box in units of the sample.
         gamma: in (0, 1).
         generator: of the directions where a gradient is 0; seeded with 0 by default.
         memory_budget: bytes.
@@ -200,7 +203,7 @@ def ddn(
         (n, ...) points; the input where the attack fails, or where it is won from the start.
 
     Raises:
-        InputError: what cannot be attacked; foolbox is not installed.
+        InputError: what cannot be attacked, or settings out of range; foolbox is not installed.
 
     Source: Rony et al. 2019, algorithm 1.
 
@@ -214,6 +217,8 @@ def ddn(
     foolbox = _foolbox()
     _only("ddn", norm, ("l2",), loss, ("margin", "cross_entropy"))
     check_count("steps", steps)
+    check_number("radius", radius)
+    check_number("gamma", gamma, below=1)
     attack = foolbox.attacks.DDNAttack(init_epsilon=radius, steps=steps, gamma=gamma)
     return _minimal(
         attack, model, inputs, labels, targeted=targeted, loss=loss, box=box, duel=loss == "margin",
@@ -250,8 +255,9 @@ def fmn(
         loss: "margin", which the attack is made of.
         box: stay in [0, 1].
         steps: how many.
-        step_size: of the first step, in input units; without a box in units of the sample. The last is a hundredth.
-        gamma: the first; annealed to 0.001.
+        step_size: of the first step, > 0, in input units; without a box in units of the sample. The last is a
+            hundredth.
+        gamma: the first, in (0, 1); annealed to 0.001.
         generator: not needed: nothing is drawn.
         memory_budget: bytes.
 
@@ -259,7 +265,7 @@ def fmn(
         (n, ...) points; the input where the attack fails, or where it is won from the start.
 
     Raises:
-        InputError: what cannot be attacked; foolbox is not installed.
+        InputError: what cannot be attacked, or settings out of range; foolbox is not installed.
 
     Source: Pintor et al. 2021, algorithm 1.
 
@@ -273,6 +279,8 @@ def fmn(
     foolbox = _foolbox()
     _only("fmn", norm, ("l2", "linf"), loss, ("margin",))
     check_count("steps", steps)
+    check_number("step_size", step_size)
+    check_number("gamma", gamma, below=1)
     kind = _projecting(foolbox, box) if norm == "l2" else foolbox.attacks.LInfFMNAttack
     attack = kind(steps=steps, max_stepsize=step_size, gamma=gamma)
     return _minimal(
@@ -307,16 +315,19 @@ def _minimal(
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
         length, size = scales(objective, images, index)
-        factor = torch.ones_like(size) if loss == "cross_entropy" else 1 / size
+        # in half precision the model alone: Adam's small steps would be lost
+        wide = torch.promote_types(images.dtype, torch.float32)
+        factor = torch.ones_like(size, dtype=wide) if loss == "cross_entropy" else 1 / size.to(wide)
         if box:
-            factor = factor * length.square() if squared else factor
+            factor = factor * length.to(wide).square() if squared else factor
             view = View(objective, index, *as_they_are(images), factor, duel=duel)
-            start = images
+            start = images.to(wide)
         else:
-            view = View(objective, index, images, spread(length, images), factor, duel=duel)
-            start = torch.zeros_like(images)
+            view = View(objective, index, images, spread(length.to(images), images), factor, duel=duel)
+            start = torch.zeros_like(images, dtype=wide)
         seen = foolbox.PyTorchModel(view, bounds=bounds, device=inputs.device)
-        criterion = nearly(view, size) if duel else plain(view.labels)
+        behind = objective.margin(objective.scores(images), index).abs()
+        criterion = nearly(view, behind) if duel else plain(view.labels)
         points: Tensor = attack.run(seen, start, criterion)
         return view.images(points.detach())
 
@@ -334,9 +345,9 @@ def _nearly(foolbox: Any) -> Any:
     """The criterion of a duel: a point on the boundary counts, which a step of the exact length may never cross."""
 
     class Nearly(foolbox.criteria.Misclassification):  # type: ignore[misc]
-        def __init__(self, view: View, size: Tensor) -> None:
+        def __init__(self, view: View, behind: Tensor) -> None:
             super().__init__(view.labels)
-            self.least = -SLACK * size * view.factor.squeeze(1)
+            self.least = -SLACK * behind * view.factor.squeeze(1)
 
         def __call__(self, perturbed: Any, outputs: Any) -> Any:
             return outputs[:, 1] - outputs[:, 0] > self.least

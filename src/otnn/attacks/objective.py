@@ -33,8 +33,8 @@ class Objective:
     A targeted attack takes the target for y and raises the negative of either.
 
     Args:
-        model: any module in `eval()` mode that maps (batch, ...) to scores (batch, outputs); a `Classifier` with
-            several labels is refused, as its labels do not exclude each other.
+        model: any module, all of it in `eval()` mode, that maps (batch, ...) to scores (batch, outputs) and leaves its
+            input as it is; a `Classifier` with several labels is refused, as its labels do not exclude each other.
         inputs: (n, ...) finite; within [0, 1] if `box`.
         labels: (n,) the true classes, or the targets.
         targeted: whether the labels are targets.
@@ -69,25 +69,11 @@ class Objective:
         box: bool = False,
         memory_budget: float = MEMORY_BUDGET,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if model.training:
-            raise InputError("the model is in training mode; call model.eval() before attacking")
-        if isinstance(model, Classifier) and model.multilabel:
-            raise InputError("model: expected classes that exclude each other, got several labels; attack one label")
         if loss not in LOSSES:
             raise InputError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
-        check_images(inputs, box=box)
-        if isinstance(model, Classifier):
-            check_model(model, inputs)
-            check_precision(model, inputs)
-        if not isinstance(labels, Tensor):
-            raise InputError(
-                f"labels: expected a tensor, got {type(labels).__name__}; convert it with torch.as_tensor()"
-            )
+        check_attacked(model, inputs, labels, box=box)
         self.model, self.targeted, self.loss, self.box = model, targeted, loss, box
-        with torch.no_grad():
-            self.classes = self.logits(inputs[:1]).shape[1]
+        self.classes = self._first(inputs[:1]).shape[1]
         check_labels(labels, len(inputs), self.classes, what="targets" if targeted else "labels")
         self.labels = labels.to(inputs.device).long()
         self._forward, self.batch = (
@@ -158,6 +144,52 @@ class Objective:
             raise InputError(f"model: expected scores ({len(images)}, outputs), got shape {tuple(outputs.shape)}")
         return class_scores(outputs)
 
+    def _first(self, sample: Tensor) -> Tensor:
+        """Class scores (1, classes) of a copy of one sample, which the model must leave as it is."""
+        with torch.inference_mode(False):  # an inference tensor counts no writes
+            copy = sample.detach().clone()
+        before = copy._version
+        try:
+            with torch.no_grad():
+                scores = self.logits(copy)
+        except RuntimeError as error:
+            kinds = {each.dtype for each in self.model.parameters() if each.is_floating_point()}
+            if isinstance(error, torch.OutOfMemoryError) or not kinds or sample.dtype in kinds:
+                raise
+            known = " or ".join(sorted(map(str, kinds)))
+            raise InputError(
+                f"inputs: expected {known} as the weights of the model, which fails on {sample.dtype} ({error}); "
+                "convert one of them, such as model.double() and inputs.double()"
+            ) from error
+        if copy._version != before or not torch.equal(copy, sample):
+            raise InputError(
+                "model: expected a forward that leaves its input as it is, got one that writes into it; replace "
+                "operations in place, such as x.sub_() by x - ..., or wrap the model so that it gets a clone"
+            )
+        return scores
+
+
+def check_attacked(model: nn.Module, inputs: Tensor, labels: Tensor, *, box: bool = False) -> None:
+    """Refuse a model, images or labels that cannot be attacked, as far as no forward tells.
+
+    Raises:
+        InputError: no module, one that is in training mode or has a part that is, several labels; images that the
+            model does not take, or outside [0, 1] if `box`; labels that are no tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise InputError(f"{training[0]} is in training mode; call model.eval() before attacking")
+    if isinstance(model, Classifier) and model.multilabel:
+        raise InputError("model: expected classes that exclude each other, got several labels; attack one label")
+    check_images(inputs, box=box)
+    if isinstance(model, Classifier):
+        check_model(model, inputs)
+        check_precision(model, inputs)
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels: expected a tensor, got {type(labels).__name__}; convert it with torch.as_tensor()")
+
 
 def slope_of(value: Tensor, leaf: Tensor, gradient: Tensor | None = None) -> Tensor:
     """The gradient of a value at images, which must lead to it by a graph; the graph is kept if `gradient` is given.
@@ -196,7 +228,7 @@ def radii_of(radius: float | Tensor, inputs: Tensor) -> Tensor:
     """One radius for all, or one for each sample, as (n,) float64, as they were given.
 
     Raises:
-        InputError: a radius that is negative, not finite or of another shape.
+        InputError: a radius that is negative, not finite, too large for the dtype of the inputs, or of another shape.
 
     Example:
         >>> radii_of(0.5, torch.zeros(2, 3))
@@ -214,6 +246,12 @@ def radii_of(radius: float | Tensor, inputs: Tensor) -> Tensor:
         )
     if not bool(((radii >= 0) & (radii < math.inf)).all()):
         raise InputError("radius: expected finite numbers >= 0, got a negative one, NaN or infinity")
+    most = torch.finfo(inputs.dtype).max / 4  # so that the width of a ball is finite
+    if bool((radii > most).any()):
+        raise InputError(
+            f"radius: expected at most {most:.4g}, a quarter of the largest {inputs.dtype}, got "
+            f"{float(radii.max()):.4g}; lower it, or pass inputs of a wider type"
+        )
     return radii.to(inputs.device)
 
 

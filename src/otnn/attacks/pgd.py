@@ -1,13 +1,11 @@
 """Projected gradient ascent in a ball, from the input and from random starts."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from otnn.attacks.ball import ascent, project
 from otnn.attacks.objective import Objective, check_norm, radii_of
-from otnn.attacks.step import check_count, clearance, lead, look, take_step
+from otnn.attacks.step import check_count, check_generator, check_number, clearance, is_number, lead, look, take_step
 from otnn.batches import spread
 from otnn.errors import InputError
 from otnn.memory import MEMORY_BUDGET
@@ -74,13 +72,11 @@ def pgd(
     check_norm(norm)
     check_count("steps", steps)
     check_count("restarts", restarts)
+    check_generator(generator)
     share = 2.5 / steps if step_size is None else step_size
-    if not 0 < share < math.inf:
-        raise InputError(
-            f"step_size: expected a share of the radius > 0, got {step_size}; leave it out for 2.5 / steps"
-        )
-    if not 0 <= momentum <= 1:
-        raise InputError(f"momentum: expected a number in [0, 1], got {momentum}")
+    check_number("step_size", share)
+    if not is_number(momentum) or not 0 <= momentum <= 1:
+        raise InputError(f"momentum: expected a number in [0, 1], got {momentum!r}")
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
     radii, inputs = radii_of(radius, inputs), inputs.detach()
     generator = generator or torch.Generator().manual_seed(0)

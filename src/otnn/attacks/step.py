@@ -1,6 +1,9 @@
 """The gradient step: one step of the length of the radius, the fast gradient method in L2 and its sign form in Linf."""
 
+import math
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ def gradient_step(
     targeted: bool = False,
     loss: str = "margin",
     box: bool = False,
+    generator: torch.Generator | None = None,
     memory_budget: float = MEMORY_BUDGET,
 ) -> Tensor:
     """One step along the gradient g of the loss: x + radius g / ||g||_2, or x + radius sign(g) for "linf".
@@ -41,6 +45,7 @@ def gradient_step(
         targeted: whether the labels are targets.
         loss: "margin" or "cross_entropy".
         box: stay in [0, 1]: the step is clamped, and so becomes shorter.
+        generator: not needed: nothing is drawn.
         memory_budget: bytes.
 
     Returns:
@@ -59,6 +64,7 @@ def gradient_step(
         tensor([[0.2000, 0.1000]])
     """
     check_norm(norm)
+    check_generator(generator)
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)
     radii, inputs = radii_of(radius, inputs), inputs.detach()
     index = torch.arange(len(inputs), device=inputs.device)
@@ -115,11 +121,40 @@ def clearance(scores: Tensor, gradient: Tensor, inputs: Tensor) -> Tensor:
     return _ROUNDINGS * torch.finfo(scores.dtype).eps * scale
 
 
-def check_count(name: str, number: int) -> None:
-    """Refuse a number that is not an integer of at least 1.
+def check_count(name: str, number: int, least: int = 1) -> None:
+    """Refuse a number that is not an integer of at least `least`.
 
     Raises:
         InputError: what it should be.
     """
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise InputError(f"{name}: expected an integer >= 1, got {number!r}")
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise InputError(f"{name}: expected an integer >= {least}, got {number!r}")
+
+
+def check_number(name: str, number: float, below: float = math.inf) -> None:
+    """Refuse what is no number > 0 and < `below`.
+
+    Raises:
+        InputError: what it should be.
+    """
+    if not is_number(number) or not 0 < number < below:
+        expected = "a finite number > 0" if below == math.inf else f"a number > 0 and < {below:g}"
+        raise InputError(f"{name}: expected {expected}, got {number!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, and no boolean."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse what draws no numbers.
+
+    Raises:
+        InputError: what to pass.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator: expected a torch.Generator or None, got {generator!r}; "
+            "make one with torch.Generator().manual_seed(0)"
+        )

@@ -24,7 +24,7 @@ class Attack:
         minimal: whether it looks for the nearest adversarial point, instead of one within a radius.
         norms: those that it knows.
         source: the library that it comes from.
-        draws: whether it draws random numbers, and so takes a `generator`.
+        draws: whether it draws random numbers, from the `generator` that every attack takes.
         passes: forwards and backwards in words, as run by default.
     """
 

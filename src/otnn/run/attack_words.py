@@ -3,15 +3,22 @@
 from typing import Any
 
 from otnn.report import words
+from otnn.run.attack_checks import gave_up
 from otnn.run.counterfactual_words import shown
 
 
 def verdict(content: dict[str, Any]) -> list[str]:
-    """The figures in sentences: failed checks first, then each network, and how the attacks on the OTNN collapse."""
+    """The figures in sentences: failed checks, attacks that gave up, each network, how attacks on the OTNN collapse."""
     failed = [
         f"FAILED: {row['check']} ({shown(row['network'])}): {row['detail']}."
         for row in content["checks"]
         if row["passed"] is False
+    ]
+    radius = content["radii"][-1]
+    failed += [
+        f"WARNING: attacks gave up ({shown(name)}): at radius {radius:.4g}, where others turn everything, {weak}."
+        for name, network in content["networks"].items()
+        if (weak := gave_up(network)) and not network["at_largest"]
     ]
     sentences = [sentence for name in content["networks"] for sentence in _of_network(name, content)]
     return failed + sentences + _collapse(content) + [content["corruptions"]["note"], _sizes(content)]

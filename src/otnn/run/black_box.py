@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from otnn.attacks.autoattack_attacks import TILES, square
+from otnn.attacks.autoattack_attacks import searchable, square
 from otnn.attacks.table import ATTACKS
 from otnn.run.attacked import SLACK, Found, Victim
 
@@ -29,12 +29,12 @@ def search_left(
 
     Returns:
         `queries` for each image, for each of `radii` how many images were `tried` and `turned`, and how many points lie
-        `below` the certified radius; None where Square cannot run: without pyautoattack, or on inputs that are no
-        pictures.
+        `below` the certified radius; None where Square cannot run: without pyautoattack, on inputs that are no
+        pictures, or in L2 on those that are not square or below 5 x 5 pixels.
     """
     begin("what is left")
     images = victim.images
-    if find_spec(ATTACKS["square"].source) is None or images.ndim != 4 or min(images.shape[2:]) < TILES:
+    if find_spec(ATTACKS["square"].source) is None or not searchable(images, victim.settings["norm"]):
         return None
     best = torch.stack([one.distance for one in found.values()]).amin(dim=0)
     left = [(victim.right & (best > radius) & (victim.radius < radius)).nonzero().squeeze(1)[:EACH] for radius in radii]

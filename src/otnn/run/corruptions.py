@@ -1,6 +1,7 @@
 """Accuracy under noise, blur, JPEG and brightness: changes that no certificate of a small L2 radius covers."""
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from otnn.attacks.objective import check_attacked
+from otnn.attacks.step import is_number
 from otnn.batches import sample_norm
-from otnn.checks import check_images
+from otnn.checks import check_images, check_labels
 from otnn.errors import InputError
 from otnn.models import Classifier, predict
 from otnn.run.fit import scores_of
@@ -92,14 +95,14 @@ def corrupt(images: Tensor, name: str, severity: float, *, seed: int = 0) -> Ten
     Args:
         images: (n, channels, height, width), floats in [0, 1].
         name: of `CORRUPTIONS`.
-        severity: in the unit of that corruption.
+        severity: in the unit of that corruption, finite and >= 0.
         seed: of the noise.
 
     Returns:
-        (n, channels, height, width) in [0, 1], in the dtype and on the device of the images.
+        (n, channels, height, width) in [0, 1], in the dtype and on the device of the images, without a graph.
 
     Raises:
-        InputError: an unknown name, or images that cannot be used.
+        InputError: an unknown name, a severity out of range, or images that cannot be used.
 
     Example:
         >>> corrupt(torch.full((1, 1, 2, 2), 0.5), "brightness", 0.25)
@@ -108,10 +111,13 @@ def corrupt(images: Tensor, name: str, severity: float, *, seed: int = 0) -> Ten
     """
     if name not in CORRUPTIONS:
         raise InputError(f"corruption: expected one of {', '.join(CORRUPTIONS)}, got {name!r}")
+    if not is_number(severity) or not 0 <= severity < math.inf:
+        unit = CORRUPTIONS[name].unit
+        raise InputError(f"severity: expected a finite number >= 0 ({unit} of {name}), got {severity!r}")
     check_images(images, box=True)
     if images.ndim != 4:
         raise InputError(f"expected images (n, channels, height, width), got shape {tuple(images.shape)}")
-    return CORRUPTIONS[name].function(images, severity, torch.Generator().manual_seed(seed))
+    return CORRUPTIONS[name].function(images.detach(), severity, torch.Generator().manual_seed(seed))
 
 
 def corrupted_accuracy(
@@ -127,13 +133,20 @@ def corrupted_accuracy(
     Args:
         networks: by name, in `eval()` mode.
         images: (n, channels, height, width), floats in [0, 1].
-        labels: (n,).
+        labels: (n,) integers.
         seed: of the noise.
         begin: called with the name of each corruption.
+
+    Raises:
+        InputError: networks, images or labels that cannot be used.
 
     Returns:
         A row for each corruption and severity: `name`, `severity`, `unit`, `mean_size`, and `accuracy` by network.
     """
+    images = images.detach()
+    for model in networks.values():
+        check_attacked(model, images, labels, box=True)
+        check_labels(labels, len(images), model.classes)
     rows = []
     for name, corruption in CORRUPTIONS.items():
         begin(name.replace("_", " "))
