@@ -191,6 +191,8 @@ if parallel:
     layer = BatchCentering(1).double()
     layer(share.double())
     assert layer.running_mean.item() == 3.0, layer.running_mean
+    del called  # its threads end before the group that they belong to
+    dist.barrier()  # and no process leaves while the other still waits for it
     dist.destroy_process_group()
 """
 
