@@ -37,11 +37,15 @@ class Corruption:
         function: of images (n, channels, height, width) in [0, 1], a severity and a generator.
         severities: three, from weak to strong.
         unit: what a severity is.
+        least: the least severity.
+        most: the largest.
     """
 
     function: Callable[[Tensor, float, torch.Generator], Tensor]
     severities: tuple[float, float, float]
     unit: str
+    least: float = 0.0
+    most: float = math.inf
 
 
 def gaussian_noise(images: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
@@ -84,7 +88,7 @@ def _coded(pixels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 CORRUPTIONS: Mapping[str, Corruption] = {
     "gaussian_noise": Corruption(gaussian_noise, (0.05, 0.1, 0.2), "deviation"),
     "gaussian_blur": Corruption(gaussian_blur, (0.5, 1.0, 2.0), "pixels"),
-    "jpeg": Corruption(jpeg, (50.0, 20.0, 5.0), "quality"),
+    "jpeg": Corruption(jpeg, (50.0, 20.0, 5.0), "quality", 1.0, 100.0),
     "brightness": Corruption(brightness, (0.1, 0.2, 0.4), "shift"),
 }
 
@@ -95,7 +99,7 @@ def corrupt(images: Tensor, name: str, severity: float, *, seed: int = 0) -> Ten
     Args:
         images: (n, channels, height, width), floats in [0, 1].
         name: of `CORRUPTIONS`.
-        severity: in the unit of that corruption, finite and >= 0.
+        severity: in the unit of that corruption, finite, from its `least` to its `most`.
         seed: of the noise.
 
     Returns:
@@ -111,13 +115,16 @@ def corrupt(images: Tensor, name: str, severity: float, *, seed: int = 0) -> Ten
     """
     if name not in CORRUPTIONS:
         raise InputError(f"corruption: expected one of {', '.join(CORRUPTIONS)}, got {name!r}")
-    if not is_number(severity) or not 0 <= severity < math.inf:
-        unit = CORRUPTIONS[name].unit
-        raise InputError(f"severity: expected a finite number >= 0 ({unit} of {name}), got {severity!r}")
+    told = CORRUPTIONS[name]
+    if not is_number(severity) or not told.least <= severity <= told.most or severity == math.inf:
+        most = "" if told.most == math.inf else f" and <= {told.most:g}"
+        raise InputError(
+            f"severity: expected a finite number >= {told.least:g}{most} ({told.unit} of {name}), got {severity!r}"
+        )
     check_images(images, box=True)
     if images.ndim != 4:
         raise InputError(f"expected images (n, channels, height, width), got shape {tuple(images.shape)}")
-    return CORRUPTIONS[name].function(images.detach(), severity, torch.Generator().manual_seed(seed))
+    return told.function(images.detach(), severity, torch.Generator().manual_seed(seed))
 
 
 def corrupted_accuracy(
