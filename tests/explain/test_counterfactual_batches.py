@@ -13,8 +13,8 @@ from otnn.explain import counterfactual, nearest
 from otnn.lipschitz import LipschitzBound
 from otnn.metrics import validity
 from otnn.models import Classifier
+from tests.explain.counterfactuals import ONE, assert_alike, images, three_classes
 from tests.explain.nets import classifier, rows
-from tests.explain.test_counterfactual import ONE, assert_alike, images, three_classes
 
 UNKNOWN = "no target is known: -1 was given"
 

@@ -1,10 +1,11 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from otnn.report import write_report
-from otnn.run import config
+from otnn.run import config, counterfactuals
 from otnn.run.attack import attack_run
 from otnn.run.audit import audit_run
 from otnn.run.certify import certify_run
@@ -64,3 +65,21 @@ def told(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     shutil.copytree(trained, path)
     content = attack_run(open_run(path), samples=40, seed=3, attacks=OWN, steps=5, settings=True)
     return open_run(path), content
+
+
+@pytest.fixture(scope="session")
+def walked(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    """A run with counterfactuals, measured in more chunks than one."""
+    path = tmp_path_factory.mktemp("walked") / "run"
+    shutil.copytree(trained, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counterfactuals, "_BUDGET", 4 * 9 * 64 * 4 * 7)  # seven images a chunk
+        content = counterfactual_run(open_run(path), samples=20, seed=3)
+    return open_run(path), content
+
+
+@pytest.fixture
+def judged(walked: tuple[Run, dict[str, Any]], tmp_path: Path) -> Run:
+    """A run that has its judge."""
+    shutil.copytree(walked[0].path, tmp_path / "judged")
+    return open_run(tmp_path / "judged")
