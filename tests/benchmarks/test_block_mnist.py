@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,23 +11,16 @@ from benchmarks import block_mnist as benchmark
 from otnn.metrics import block_mnist
 from otnn.models import build
 from otnn.run.config import LossConfig
-from tests.data.image_makers import idx_bytes
+from tests.data.image_makers import write_patterns
 
 NETWORKS = {"otnn", "unconstrained", "adversarial"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MNIST's four files with 8 x 8 pictures: ten random patterns, each with noise of its own."""
+    """MNIST's four files with 8 x 8 pictures, see `write_patterns`."""
     path = tmp_path_factory.mktemp("data") / "mnist"
-    path.mkdir()
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 2, (10, 8, 8)) * 200
-    for stem, count in (("train", 600), ("t10k", 200)):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        pictures = (patterns[labels] + rng.integers(0, 56, (count, 8, 8))).astype(np.uint8)
-        (path / f"{stem}-images-idx3-ubyte").write_bytes(idx_bytes(pictures))
-        (path / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    write_patterns(path, 600, 200)
     return path.parent
 
 

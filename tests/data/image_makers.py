@@ -49,3 +49,15 @@ def make_zip(path: Path, members: Mapping[str, bytes | str]) -> Path:
         for name, content in members.items():
             archive.writestr(name, content)
     return path
+
+
+def write_patterns(folder: Path, train: int, test: int) -> None:
+    """MNIST's four files with 8 x 8 pictures in a new folder: ten random patterns, each with noise of its own."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 2, (10, 8, 8)) * 200
+    for stem, count in (("train", train), ("t10k", test)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pictures = (patterns[labels] + rng.integers(0, 56, (count, 8, 8))).astype(np.uint8)
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(idx_bytes(pictures))
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
