@@ -11,9 +11,8 @@ from otnn.errors import InputError
 from otnn.losses import HKRLoss, SoftHKRLoss
 from otnn.manifold import (
     Frobenius,
-    NonNegative,
+    Interval,
     Stiefel,
-    UnitInterval,
     UnitRows,
     constrained_parameters,
     keep_on_manifold,
@@ -67,20 +66,20 @@ def test_frobenius_samples_the_sphere_uniformly() -> None:
     assert (points.square().mean(dim=0) - 1 / 6).abs().max() < 4.5 * 0.187 / math.sqrt(4000)
 
 
-def test_non_negative_clips_and_measures() -> None:
+def test_an_interval_without_a_bound_clips_and_measures() -> None:
     point = torch.tensor([-2.0, -0.0, 0.5])
-    assert NonNegative().retract(point).tolist() == [0.0, 0.0, 0.5]
-    assert NonNegative().distance(point).tolist() == [2.0, 0.0, 0.0]
+    assert Interval().retract(point).tolist() == [0.0, 0.0, 0.5]
+    assert Interval().distance(point).tolist() == [2.0, 0.0, 0.0]
 
 
 def test_the_unit_interval_clips_and_measures() -> None:
     point = torch.tensor([-2.0, 0.0, 0.5, 1.0, 1.25])
-    assert UnitInterval().retract(point).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
-    assert UnitInterval().distance(point).tolist() == [2.0, 0.0, 0.0, 0.0, 0.25]
+    assert Interval(1).retract(point).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert Interval(1).distance(point).tolist() == [2.0, 0.0, 0.0, 0.0, 0.25]
 
 
 def test_sample_repeats_with_its_generator() -> None:
-    for manifold in (stiefel, UnitRows(), Frobenius(), NonNegative(), UnitInterval()):
+    for manifold in (stiefel, UnitRows(), Frobenius(), Interval(), Interval(1)):
         first, second = (manifold.sample(3, 4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
         assert torch.equal(first, second)
         assert manifold.distance(first).max() < ON_MANIFOLD[torch.float32]
@@ -209,7 +208,7 @@ def test_constrained_parameters_are_named_with_their_manifolds() -> None:
     )
     model["loss"] = HKRLoss(alpha=0.1)
     found = {name: type(manifold) for name, _, manifold in constrained_parameters(model)}
-    assert found == {"body.0.weight": Stiefel, "head.weight": UnitRows, "loss.margin": NonNegative}
+    assert found == {"body.0.weight": Stiefel, "head.weight": UnitRows, "loss.margin": Interval}
 
 
 def test_a_fixed_margin_is_no_parameter() -> None:

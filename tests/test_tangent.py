@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from otnn.manifold import (
     Frobenius,
+    Interval,
     Manifold,
-    NonNegative,
     Stiefel,
-    UnitInterval,
     UnitRows,
     constrained_parameters,
     keep_on_manifold,
@@ -17,7 +16,7 @@ from otnn.manifold import (
     retract_parameters,
 )
 from otnn.nn import OrthoConv2d, OrthoLinear, UnitNormLinear
-from tests.matrices import gaussian
+from tests.matrices import gaussian, tangent
 
 CURVED: tuple[Manifold, ...] = (Stiefel(), UnitRows(), Frobenius())
 SHAPES = [(3, 5), (5, 3), (4, 4), (1, 6), (6, 1), (2, 3, 4), (2, 4, 3)]
@@ -33,22 +32,21 @@ def test_the_tangent_is_an_orthogonal_projection_and_the_derivative_of_the_way_b
     manifold: Manifold, shape: tuple[int, ...]
 ) -> None:
     point, first, second = on(manifold, *shape), gaussian(*shape), gaussian(*shape, seed=1)
-    tangent = manifold.tangent(point, first)
-    assert tangent.shape == point.shape
-    assert torch.allclose(manifold.tangent(point, tangent), tangent, atol=1e-13)
-    assert float((tangent * second).sum()) == pytest.approx(float((first * manifold.tangent(point, second)).sum()))
+    along = tangent(manifold, point, first)
+    assert torch.allclose(tangent(manifold, point, along), along, atol=1e-13)
+    assert float((along * second).sum()) == pytest.approx(float((first * tangent(manifold, point, second)).sum()))
     # moving by t along it leaves the manifold by t^2 alone: ||T||^2 t^2 in a Gram matrix, half of it in a norm
     step = 1e-4
-    assert manifold.distance(point + step * tangent).max() < 1.001 * step**2 * tangent.square().sum() + 1e-14
+    assert manifold.distance(point + step * along).max() < 1.001 * step**2 * along.square().sum() + 1e-14
     # (R(X + t G) - X) / t is the projection up to O(t)
     moved = (manifold.retract(point + step * first) - point) / step
-    assert (moved - tangent).abs().max() < 20 * step * first.square().sum()
+    assert (moved - along).abs().max() < 20 * step * first.square().sum()
 
 
-@pytest.mark.parametrize("manifold", [NonNegative(), UnitInterval()])
+@pytest.mark.parametrize("manifold", [Interval(), Interval(1)])
 def test_numbers_may_go_anywhere(manifold: Manifold) -> None:
     gradient = gaussian(4)
-    assert torch.equal(manifold.tangent(torch.tensor([0.0, 0.2, 0.5, 1.0]).double(), gradient), gradient)
+    assert torch.equal(tangent(manifold, torch.tensor([0.0, 0.2, 0.5, 1.0]).double(), gradient), gradient)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
@@ -58,7 +56,7 @@ def test_what_stretches_a_matrix_is_no_tangent(shape: tuple[int, int]) -> None:
     symmetric = gaussian(min(shape), min(shape))
     symmetric = symmetric + symmetric.mT
     normal = symmetric @ point if shape[0] <= shape[1] else point @ symmetric
-    assert Stiefel().tangent(point, normal).abs().max() < 1e-13
+    assert tangent(Stiefel(), point, normal).abs().max() < 1e-13
 
 
 def network() -> nn.Sequential:
@@ -84,7 +82,7 @@ def test_the_gradients_of_a_network_are_projected_each_at_its_own_weight() -> No
     project_gradients(model)
     for name, parameter in model.named_parameters():
         gradient = before[name]
-        expected = kinds[name].tangent(parameter.detach(), gradient) if name in kinds else gradient
+        expected = tangent(kinds[name], parameter.detach(), gradient) if name in kinds else gradient
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, expected, atol=1e-13), name
         if name in kinds and parameter.numel() > 1:
@@ -130,7 +128,7 @@ def test_an_optimizer_gets_projected_gradients_of_its_own_parameters() -> None:
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.0)
     hooks = keep_on_manifold(optimizer, model)
     optimizer.step()
-    expected = Stiefel().tangent(model[0].weight.detach(), before["0.weight"])
+    expected = tangent(Stiefel(), model[0].weight.detach(), before["0.weight"])
     assert torch.allclose(model[0].weight.grad, expected, atol=1e-14)
     assert torch.equal(model[1].weight.grad, before["1.weight"])
     hooks.remove()
@@ -142,7 +140,7 @@ def test_an_optimizer_gets_projected_gradients_of_its_own_parameters() -> None:
 def test_autocast_does_not_round_the_projection() -> None:
     layer = OrthoLinear(16, 16)
     layer.weight.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
-    expected = Stiefel().tangent(layer.weight.detach().double(), layer.weight.grad.double())
+    expected = tangent(Stiefel(), layer.weight.detach().double(), layer.weight.grad.double())
     with torch.autocast("cpu", torch.bfloat16):
         project_gradients(layer)
     assert (layer.weight.grad - expected).abs().max() < 1e-5  # bfloat16 would be off by 1e-2

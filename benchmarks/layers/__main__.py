@@ -18,6 +18,7 @@ from benchmarks.layers import measure, peers
 from benchmarks.layers.nets import CIRCULAR, MAXMIN, OTNN, PLAN, TORCHLIP, ZEROS, families
 from benchmarks.timing import Json
 from otnn.files import json_bytes, write_whole
+from otnn.memory import keep_freed_memory
 from otnn.run.train import versions
 
 app = typer.Typer(help=benchmarks.layers.__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -76,12 +77,16 @@ def layers(
     width: Annotated[list[int] | None, typer.Option(help="Of the growth; 64 to 1024 by default.", min=2)] = None,
     depth: Annotated[list[int] | None, typer.Option(help="Of the growth; 4 to 64 by default.", min=1)] = None,
     threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 2,
+    keep_freed: Annotated[
+        bool, typer.Option("--keep-freed", help="Keep freed memory, as `otnn train` does, for all networks.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The report; a plot of the same name with .png.", metavar="FILE")] = Path(
         "layers.json"
     ),
 ) -> None:
     """Time the layers and tell which bars are met."""
     torch.set_num_threads(threads)
+    kept = keep_freed and keep_freed_memory()
     found = families()
     widths, depths = sorted(width or measure.WIDTHS), sorted(depth or measure.DEPTHS)
     sizes = {"width": [(w, DEPTH) for w in widths], "depth": [(WIDTH, d) for d in depths]}
@@ -96,7 +101,7 @@ def layers(
         report: Json = {
             "benchmark": "layers",
             "rounds": rounds, "samples": samples, "growth rounds": growth_rounds, "growth samples": growth_samples,
-            "threads": threads, "cores": os.cpu_count(),
+            "threads": threads, "cores": os.cpu_count(), "freed memory kept": kept,
             "versions": versions() | peers.installed(),
             "constraint": measure.constraints(found, PLAN, rounds, advance),
             "step": measure.steps(found, PLAN, samples, rounds, advance),

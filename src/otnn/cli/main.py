@@ -10,6 +10,7 @@ import typer
 from otnn import __version__
 from otnn.cli import stages, training
 from otnn.errors import InputError
+from otnn.memory import keep_freed_memory
 
 app = typer.Typer(
     name="otnn",
@@ -60,6 +61,7 @@ def main() -> None:
     """Run the command line; what a user's input can cause is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-made folder is removed
+    keep_freed_memory()
     try:
         app()
     except InputError as error:

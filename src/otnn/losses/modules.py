@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from otnn.errors import InputError
 from otnn.losses import functional as L
-from otnn.manifold import Manifold, NonNegative
+from otnn.manifold import Interval, Manifold
 from otnn.precision import at_least_float32
 
 _MOMENTUM = 0.99
@@ -80,7 +80,7 @@ class _MarginLoss(Loss):
             if alpha is None:
                 raise InputError("expected margin=, or alpha= for a learned margin, got neither")
             self.margin = nn.Parameter(torch.full((margins,), 0.1).squeeze())
-            self.manifolds["margin"] = NonNegative()
+            self.manifolds["margin"] = Interval()
         else:
             if alpha is not None:
                 raise InputError("expected margin= for a fixed margin or alpha= for a learned one, got both")

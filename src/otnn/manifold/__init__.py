@@ -1,6 +1,6 @@
 """Manifolds on which weights live, and the hooks that keep an optimizer's steps on them.
 
-A manifold is four functions of a batch of points: `sample`, `tangent`, `retract` and `distance`. A module names the
+A manifold is four functions of a batch of points: `sample`, `project_`, `retract` and `distance`. A module names the
 manifold of each constrained parameter in its attribute `manifolds`; `keep_on_manifold(optimizer, module)` does the
 rest: before a step gradients lose what points off the manifold, and after it weights come back.
 """
@@ -12,15 +12,14 @@ from otnn.manifold.hooks import (
     project_gradients,
     retract_parameters,
 )
-from otnn.manifold.kinds import Frobenius, Manifold, NonNegative, Stiefel, UnitInterval, UnitRows
+from otnn.manifold.kinds import Frobenius, Interval, Manifold, Stiefel, UnitRows
 
 __all__ = [
     "Frobenius",
+    "Interval",
     "Manifold",
     "ManifoldHooks",
-    "NonNegative",
     "Stiefel",
-    "UnitInterval",
     "UnitRows",
     "constrained_parameters",
     "keep_on_manifold",

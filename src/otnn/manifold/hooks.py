@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from otnn.errors import InputError
-from otnn.manifold.kinds import Manifold, Stiefel, wide
+from otnn.manifold.kinds import Manifold, Stiefel, wide_batch
 from otnn.polar import to_polar_
 
 
@@ -50,7 +50,7 @@ def retract_parameters(module: nn.Module, *, frozen: bool = True) -> None:
     for kind, members in _alike(each for each in constrained_parameters(module) if frozen or _trained(each[1])):
         try:
             if kind is Stiefel:
-                parts = [_wide_batch(parameter) for _, parameter, _ in members]
+                parts = [wide_batch(parameter) for _, parameter, _ in members]
                 together = torch.cat(parts) if len(parts) > 1 else parts[0]
                 to_polar_(together)
                 _copy_parts(together, parts)
@@ -87,13 +87,15 @@ def project_gradients(module: nn.Module, *, only: Container[nn.Parameter] | None
     )
     for kind, members in _alike(chosen):
         if kind is Stiefel and len(members) > 1:
-            points = torch.cat([_wide_batch(parameter) for _, parameter, _ in members])
-            gradients = [_wide_batch(parameter.grad) for _, parameter, _ in members if parameter.grad is not None]
-            _copy_parts(Stiefel().tangent(points, torch.cat(gradients)), gradients)
+            points = torch.cat([wide_batch(parameter) for _, parameter, _ in members])
+            parts = [wide_batch(parameter.grad) for _, parameter, _ in members if parameter.grad is not None]
+            gradients = torch.cat(parts)
+            Stiefel().project_(points, gradients)
+            _copy_parts(gradients, parts)
             continue
         for _, parameter, manifold in members:
             if parameter.grad is not None:
-                parameter.grad.copy_(manifold.tangent(parameter, parameter.grad))
+                manifold.project_(parameter, parameter.grad)
 
 
 def keep_on_manifold(optimizer: Optimizer, *modules: nn.Module) -> "ManifoldHooks":
@@ -243,11 +245,6 @@ def _alike(
         groups[type(manifold), shape, parameter.dtype, parameter.device].append((name, parameter, manifold))
     for (kind, *_), members in groups.items():
         yield kind, members
-
-
-def _wide_batch(tensor: Tensor) -> Tensor:
-    """Matrices (..., rows, columns) as one batch with their short side first, in the same memory."""
-    return wide(tensor.view(tensor.shape[:-2].numel(), *tensor.shape[-2:]))
 
 
 def _copy_parts(together: Tensor, batches: Sequence[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """The manifolds: four functions of a batch of points each."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -16,8 +17,8 @@ class Manifold(Protocol):
         """Draw a random point of the given shape."""
         ...
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """Project gradients onto the directions that stay on the manifold to first order, at points of it."""
+    def project_(self, point: Tensor, gradient: Tensor) -> None:
+        """Take out of gradients, in place, what leaves the manifold to first order, at points of it."""
         ...
 
     def retract(self, point: Tensor) -> Tensor:
@@ -52,20 +53,19 @@ class Stiefel:
         tall: Tensor = (q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).to(dtype or torch.get_default_dtype())
         return tall if rows >= columns else tall.mT.contiguous()
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """Return G - S X for wide matrices X, S the symmetric part of G X^T: what turns X, and does not stretch it.
+    def project_(self, point: Tensor, gradient: Tensor) -> None:
+        """Make of G for wide matrices X the tangent G - S X, S the symmetric part of G X^T: X is turned, not stretched.
 
         The Riemannian gradient of the embedded metric (Absil, Mahony and Sepulchre 2008, equation 3.35).
 
         Args:
             point: (..., rows, columns), on the manifold.
-            gradient: of the same shape.
+            gradient: of the same shape, changed in place.
         """
         with without_autocast(point):
-            rows, slope = wide(point), wide(gradient)
+            rows, slope = wide_batch(point), wide_batch(gradient)
             product = slope @ rows.mT
-            tangent = slope - (product + product.mT) / 2 @ rows
-            return tangent if point.shape[-2] <= point.shape[-1] else tangent.mT
+            slope.baddbmm_(product + product.mT, rows, alpha=-0.5)
 
     def retract(self, point: Tensor) -> Tensor:
         """Return the polar factor of each matrix, to the accuracy of its dtype (see `otnn.polar.to_polar_`).
@@ -99,9 +99,9 @@ class UnitRows:
         """Draw each row uniformly on the sphere."""
         return self.retract(torch.randn(*shape, generator=generator, dtype=dtype))
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """Take the part along its row out of the gradient of each row."""
-        return gradient - (gradient * point).sum(dim=-1, keepdim=True) * point
+    def project_(self, point: Tensor, gradient: Tensor) -> None:
+        """Take the part along its row out of the gradient of each row, in place."""
+        gradient.addcmul_((gradient * point).sum(dim=-1, keepdim=True), point, value=-1)
 
     def retract(self, point: Tensor) -> Tensor:
         """Divide each row by its norm; a row of zeros becomes the constant row.
@@ -135,9 +135,9 @@ class Frobenius:
         """Draw each matrix uniformly on the sphere."""
         return self.retract(torch.randn(*shape, generator=generator, dtype=dtype))
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """Take the part along its matrix out of the gradient of each matrix."""
-        return gradient - (gradient * point).sum(dim=(-2, -1), keepdim=True) * point
+    def project_(self, point: Tensor, gradient: Tensor) -> None:
+        """Take the part along its matrix out of the gradient of each matrix, in place."""
+        gradient.addcmul_((gradient * point).sum(dim=(-2, -1), keepdim=True), point, value=-1)
 
     def retract(self, point: Tensor) -> Tensor:
         """Divide each matrix by its norm; a matrix of zeros becomes the constant one.
@@ -153,58 +153,48 @@ class Frobenius:
         return distance
 
 
-class NonNegative:
-    """Numbers >= 0, such as a learned margin."""
+class Interval:
+    """Numbers in [0, upper]: a learned share with upper = 1, a learned margin without a bound.
+
+    Args:
+        upper: the largest number.
+
+    Example:
+        >>> Interval(1).retract(torch.tensor([-1.0, 0.5, 2.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    def __init__(self, upper: float = math.inf) -> None:
+        self.upper = upper
 
     def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Draw uniformly from [0, 1)."""
-        return torch.rand(*shape, generator=generator, dtype=dtype)
+        """Draw uniformly from [0, upper), of [0, 1) without a bound."""
+        numbers = torch.rand(shape, generator=generator, dtype=dtype)
+        return numbers * self.upper if math.isfinite(self.upper) else numbers
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient: all directions are allowed, and the way back cuts what leaves."""
-        return gradient
+    def project_(self, point: Tensor, gradient: Tensor) -> None:
+        """Leave the gradient as it is: all directions are allowed, and the way back cuts what leaves."""
 
     def retract(self, point: Tensor) -> Tensor:
-        """Replace negative numbers by 0.
+        """Replace numbers outside by the nearer end.
 
         Raises:
             FloatingPointError: a value is NaN or infinite.
         """
         if not torch.isfinite(point).all():
             raise FloatingPointError("a value is NaN or infinite")
-        return point.clamp(min=0)
+        return point.clamp(min=0, max=self.upper)
 
     def distance(self, point: Tensor) -> Tensor:
-        """Return how far below 0 each number is."""
-        return (-point).clamp(min=0)
-
-
-class UnitInterval:
-    """Numbers in [0, 1], such as a learned share."""
-
-    def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Draw uniformly from [0, 1)."""
-        return torch.rand(shape, generator=generator, dtype=dtype)
-
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient: all directions are allowed, and the way back cuts what leaves."""
-        return gradient
-
-    def retract(self, point: Tensor) -> Tensor:
-        """Replace numbers outside of [0, 1] by the nearer end.
-
-        Raises:
-            FloatingPointError: a value is NaN or infinite.
-        """
-        if not torch.isfinite(point).all():
-            raise FloatingPointError("a value is NaN or infinite")
-        return point.clamp(min=0, max=1)
-
-    def distance(self, point: Tensor) -> Tensor:
-        """Return how far outside of [0, 1] each number is."""
-        return torch.maximum(-point, point - 1).clamp(min=0)
+        """Return how far outside each number is."""
+        return torch.maximum(-point, point - self.upper).clamp(min=0)
 
 
 def wide(point: Tensor) -> Tensor:
     """Matrices with their short side first, in the same memory."""
     return point if point.shape[-2] <= point.shape[-1] else point.mT
+
+
+def wide_batch(tensor: Tensor) -> Tensor:
+    """Matrices (..., rows, columns) as one batch with their short side first, in the same memory."""
+    return wide(tensor.view(tensor.shape[:-2].numel(), *tensor.shape[-2:]))

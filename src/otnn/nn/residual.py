@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from otnn.errors import InputError
-from otnn.manifold import Manifold, UnitInterval
+from otnn.manifold import Interval, Manifold
 
 
 class ConvexMix(nn.Module):
@@ -39,7 +39,7 @@ class ConvexMix(nn.Module):
         self.manifolds: dict[str, Manifold] = {}
         if learned:
             self.alpha = nn.Parameter(share)
-            self.manifolds["alpha"] = UnitInterval()
+            self.manifolds["alpha"] = Interval(1)
         else:
             self.register_buffer("alpha", share)
 
