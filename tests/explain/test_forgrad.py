@@ -7,7 +7,7 @@ from torch import Tensor
 from otnn.errors import InputError
 from otnn.explain.forgrad import disc, forgrad
 from tests.explain import slow
-from tests.explain.test_masking import samples
+from tests.explain.masks import samples
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 7), (5, 8), (9, 4), (1, 6)])

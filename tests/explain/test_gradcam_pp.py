@@ -9,7 +9,7 @@ from otnn.memory import chunk_size
 from otnn.models import build
 from otnn.nn import MaxMin
 from tests.explain import slow
-from tests.explain.test_masking import samples
+from tests.explain.masks import samples
 
 
 def relu_net(channels: int = 1, size: tuple[int, int] = (6, 5)) -> nn.Sequential:

@@ -10,7 +10,7 @@ from otnn.explain.hsic import _bandwidth, dependence, hsic
 from otnn.explain.masking import uniform
 from otnn.explain.scores import Scorer
 from tests.explain import slow
-from tests.explain.test_masking import budget_for, network, samples
+from tests.explain.masks import budget_for, network, samples
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,23 +9,7 @@ from otnn.explain.scores import Scorer
 from otnn.memory import chunk_size
 from otnn.models import build
 from tests.explain import slow
-
-
-def network(inputs: Tensor, classes: int = 3) -> nn.Module:
-    """A small network without symmetry, for samples of any rank."""
-    features = inputs[0].numel()
-    return nn.Sequential(nn.Flatten(), nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, classes)).to(inputs.dtype).eval()
-
-
-def samples(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(*shape, dtype=dtype)
-
-
-def budget_for(inputs: Tensor, model: nn.Module, copies: int) -> int:
-    """Bytes that hold exactly this many copies."""
-    with pytest.raises(InputError) as refusal:
-        chunk_size(inputs[:1], 1, model)
-    return copies * int(str(refusal.value).split(" bytes")[0].split()[-1])
+from tests.explain.masks import budget_for, network, samples
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5, 7), (3, 2, 9), (3, 6)])

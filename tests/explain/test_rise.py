@@ -5,7 +5,7 @@ from otnn.errors import InputError
 from otnn.explain.rise import draw, rise, smooth_masks
 from otnn.explain.scores import Scorer
 from tests.explain import slow
-from tests.explain.test_masking import budget_for, network, samples
+from tests.explain.masks import budget_for, network, samples
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -48,7 +48,7 @@ def pgd(
         box: stay in [0, 1]; P is then the projection on the intersection.
         steps: of each start, >= 1.
         restarts: starts, >= 1.
-        step_size: a as a share of the radius, > 0; 2.5 / steps by default.
+        step_size: a as a share of the radius, > 0 and < 1000; 2.5 / steps by default.
         momentum: in [0, 1].
         one_step: whether the plain gradient step is tried first.
         generator: draws the starts; by default one seeded with 0.
@@ -74,7 +74,7 @@ def pgd(
     check_count("restarts", restarts)
     check_generator(generator)
     share = 2.5 / steps if step_size is None else step_size
-    check_number("step_size", share)
+    check_number("step_size", share, below=1000)
     if not is_number(momentum) or not 0 <= momentum <= 1:
         raise InputError(f"momentum: expected a number in [0, 1], got {momentum!r}")
     objective = Objective(model, inputs, labels, targeted=targeted, loss=loss, box=box, memory_budget=memory_budget)

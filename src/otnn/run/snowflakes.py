@@ -73,8 +73,8 @@ BARS = (
 class Recipe:
     """How both networks are trained, on all points at once, by Adam on a one-cycle schedule.
 
-    Orthogonal weights bear rates that would break an ordinary network, and need them. The
-    biases want a fifth of it. Depth buys the direction of the gradient, width does not.
+    Orthogonal weights bear rates that would break an ordinary network, and need them. The biases want a fifth of it.
+    Depth buys the direction of the gradient, width does not.
 
     Attributes:
         width: units of each hidden layer.
