@@ -89,7 +89,9 @@ def freed_memory(
 ) -> None:
     """Time training steps with kept and with returned memory."""
     if unknown := set(network or ()) - set(FAMILIES):
-        raise InputError(f"network: expected {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+        raise InputError(
+            f"network: expected one of {', '.join(map(repr, FAMILIES))}, got {', '.join(map(repr, unknown))}"
+        )
     cases = [(name, threads) for name in network or (RELU, OTNN) for threads in thread or (1, 2)]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Json] = []
