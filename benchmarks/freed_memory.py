@@ -26,7 +26,6 @@ from benchmarks.layers.nets import FAMILIES, OTNN, PLAN, RELU, Batch, build, to_
 from benchmarks.timing import Json, ratios, spread
 from otnn.errors import InputError
 from otnn.files import json_bytes, write_whole
-from otnn.memory import keep_freed_memory
 from otnn.run.train import versions
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -36,8 +35,8 @@ WARM_UP = 5
 
 def measured(name: str, keep: bool, steps: int, samples: int, threads: int) -> Json:
     """Median seconds of a training step, page faults of each, and the peak of the resident memory, of this process."""
-    if keep and not keep_freed_memory():
-        raise InputError("freed memory can be kept with glibc, and without MALLOC_... or GLIBC_TUNABLES alone")
+    if keep:
+        command.keep_memory()
     torch.set_num_threads(threads)
     kind = FORMATS["channels_last"]
     batch = Batch(PLAN, samples)

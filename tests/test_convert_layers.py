@@ -235,8 +235,8 @@ def test_refused_arguments() -> None:
     for named, message in (
         ({"activation": "relu"}, "activation: expected one of maxmin"),
         ({"head": "none"}, "head: expected one of unit_rows"),
-        ({"share": 1.5}, r"share: expected a number in \[0, 1\]"),
-        ({"share": math.nan}, r"share: expected a number in \[0, 1\]"),
+        ({"share": 1.5}, r"share: expected a share in \[0, 1\]"),
+        ({"share": math.nan}, r"share: expected a share in \[0, 1\]"),
     ):
         with pytest.raises(InputError, match=message):
             convert(layer, (4,), **named)

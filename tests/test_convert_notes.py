@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 from otnn.conversion import Change, convert
+from otnn.errors import InputError
 from otnn.lipschitz import bound
 from otnn.models import Classifier
-from otnn.nn import MaxMin, OrthoLinear, UnitNormLinear
+from otnn.nn import MaxMin, OrthoConv2d, OrthoLinear, UnitNormLinear
 
 
 class _Net(nn.Module):
@@ -151,3 +154,55 @@ def test_unit_rows_bound_a_head_only() -> None:
     assert kinds == ["OrthoLinear", "MaxMin", "UnitNormLinear", "Abs"]
     assert bound(found.model.eval().body, (8,)).constant < 1.00001  # type: ignore[arg-type]
     assert "unit rows alone do not bound the norm" in str(found)
+
+
+@pytest.mark.parametrize("order", [lambda net, x: x + net.a(x), lambda net, x: net.a(x) + x])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, padding=1), OrthoConv2d(4, 4, 3, padding=1)])
+def test_the_branch_is_the_path_with_layers(order: Callable[[Any, Tensor], Tensor], layer: nn.Module) -> None:
+    model = convert(_Net(order, a=layer), (4, 5, 5), share=0.0).model
+    x = torch.rand(2, 4, 5, 5)
+    assert torch.equal(model(x), x)
+
+
+def test_scales_beside_a_mix_are_told() -> None:
+    def why(function: Callable[[Any, Tensor], Tensor], name: str) -> str:
+        (change,) = [c for c in convert(_Net(function, a=nn.Linear(4, 4)), (4,)).changes if c.name == name]
+        return change.why
+
+    assert why(lambda net, x: x + 0.1 * net.a(x), "mul") == "kept: distances, and with them the bound, may shrink by it"
+    assert why(lambda net, x: torch.add(x, net.a(x), alpha=2), "add").endswith("; its factor alpha=2 is left out")
+    assert why(lambda net, x: x + net.a(x), "add").endswith("alpha learned in [0, 1]")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of weight_norm, which torch would have us replace
+def test_networks_that_cannot_be_copied_say_what_to_remove() -> None:
+    def keep(net: Any, x: Tensor) -> Tensor:
+        net.last = net.a(x)
+        return net.last  # type: ignore[no-any-return]
+
+    keeps = _Net(keep, a=nn.Linear(4, 4))
+    keeps(torch.rand(1, 4))
+    with pytest.raises(InputError, match=r"^_Net: its last is computed from other tensors, .*; set it to None"):
+        convert(keeps, (4,))
+    pruned = nn.Sequential(nn.Linear(4, 4))
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    with pytest.raises(InputError, match=r"^0: its weight is computed from other tensors, .*, call .* prune.remove"):
+        convert(pruned, (4,))
+    with torch.no_grad():
+        normed = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+        normed(torch.rand(1, 4))
+    with pytest.raises(InputError, match=r"an old weight_norm by torch\.nn\.utils\.remove_weight_norm"):
+        convert(normed, (4,))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile itself
+def test_wrapped_networks_name_what_to_pass() -> None:
+    with pytest.raises(InputError, match=r"got OptimizedModule, a compiled network; pass its \._orig_mod"):
+        convert(torch.compile(nn.Linear(4, 4)), (4,))
+    with pytest.raises(InputError, match=r"got AveragedModel, a wrapper of one; pass its \.module"):
+        convert(AveragedModel(nn.Linear(4, 4)), (4,))
+
+
+def test_a_softmax_inside_is_refused_as_its_function_is() -> None:
+    with pytest.raises(InputError, match=r"^1: .*softmax is known; probabilities belong to the end"):
+        convert(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2)), (4,))

@@ -18,7 +18,6 @@ from benchmarks.layers import measure, peers
 from benchmarks.layers.nets import CIRCULAR, MAXMIN, OTNN, PLAN, TORCHLIP, ZEROS, families
 from benchmarks.timing import Json
 from otnn.files import json_bytes, write_whole
-from otnn.memory import keep_freed_memory
 from otnn.run.train import versions
 
 app = typer.Typer(help=benchmarks.layers.__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -86,7 +85,8 @@ def layers(
 ) -> None:
     """Time the layers and tell which bars are met."""
     torch.set_num_threads(threads)
-    kept = keep_freed and keep_freed_memory()
+    if keep_freed:
+        command.keep_memory()
     found = families()
     widths, depths = sorted(width or measure.WIDTHS), sorted(depth or measure.DEPTHS)
     sizes = {"width": [(w, DEPTH) for w in widths], "depth": [(WIDTH, d) for d in depths]}
@@ -101,7 +101,7 @@ def layers(
         report: Json = {
             "benchmark": "layers",
             "rounds": rounds, "samples": samples, "growth rounds": growth_rounds, "growth samples": growth_samples,
-            "threads": threads, "cores": os.cpu_count(), "freed memory kept": kept,
+            "threads": threads, "cores": os.cpu_count(), "freed memory kept": keep_freed,
             "versions": versions() | peers.installed(),
             "constraint": measure.constraints(found, PLAN, rounds, advance),
             "step": measure.steps(found, PLAN, samples, rounds, advance),

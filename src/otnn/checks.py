@@ -1,6 +1,7 @@
 """Checks of tensors where they enter: each raises `InputError` with what was expected, what came, and the mend."""
 
 import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -66,6 +67,37 @@ def check_labels(labels: Tensor, count: int, classes: int, *, what: str = "label
         raise InputError(f"{what}: expected integers, got {labels.dtype}; convert them with .long()")
     if count and (labels.min() < 0 or labels.max() >= classes):
         raise InputError(f"{what}: expected integers in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+
+
+def share(name: str, value: Any) -> float:
+    """A number in [0, 1].
+
+    Raises:
+        InputError: expected a share in [0, 1].
+
+    Example:
+        >>> share("alpha", 0.25)
+        0.25
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise InputError(f"{name}: expected a share in [0, 1], got {value!r}")
+    return float(value)
+
+
+def floating(dtype: torch.dtype | None) -> torch.dtype | None:
+    """A type of parameters: real floating point, or None for torch's default.
+
+    Raises:
+        InputError: another type.
+
+    Example:
+        >>> floating(torch.int32)
+        Traceback (most recent call last):
+        otnn.errors.InputError: dtype: expected a floating-point type such as torch.float32, got torch.int32
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype: expected a floating-point type such as torch.float32, got {dtype}")
+    return dtype
 
 
 def whole(name: str, value: Any) -> int:

@@ -66,7 +66,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives large tensors back to the system as soon as they are freed, and every training step on a CPU
     faults in all of its activations anew: a step of 128 ms takes 110 without that (docs/performance.md). Up to 2 GiB
-    are kept, and allocations above 1 GiB are given back as before. Numbers do not change.
+    are kept, and allocations above 1 GiB (32 MiB before glibc 2.35) are given back as before. Numbers do not change.
 
     Returns:
         Whether it was done: not with another C library than glibc, nor where the environment sets how memory is
@@ -81,7 +81,9 @@ def keep_freed_memory() -> bool:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:
         return False
-    return bool(set_option(_M_MMAP_THRESHOLD, 2**30)) and bool(set_option(_M_TRIM_THRESHOLD, 2**31 - 1))
+    # before version 2.35 glibc takes at most 32 MiB, above which every tensor stays a mapping of its own
+    large = any(set_option(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25))
+    return large and bool(set_option(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 class _Live(TorchFunctionMode):

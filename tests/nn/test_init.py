@@ -29,6 +29,22 @@ def test_a_layer_of_equal_sides_starts_as_the_identity(make, shape: tuple[int, .
     assert not torch.allclose(make("orthogonal")(x), x, atol=0.1) or sum(shape) == 14  # one channel: shifts only
 
 
+@pytest.mark.parametrize("make", [make for make, _ in SAME] + [
+    lambda init: OrthoConv1d(2, 4, 2, init=init),  # an unpaired filter
+    lambda init: OrthoConv1d(1, 9, 2, 2, init=init),  # a basis between two factors
+])  # fmt: skip
+def test_it_starts_on_the_manifold_to_the_accuracy_of_its_dtype(make) -> None:  # type: ignore[no-untyped-def]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = make("identity")
+    finally:
+        torch.set_default_dtype(default)
+    for name, parameter, manifold in constrained_parameters(layer):
+        assert parameter.dtype == torch.float64
+        assert not parameter.numel() or manifold.distance(parameter.detach()).max() < 1e-14, name
+
+
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(3, 8), (8, 3)])
 def test_wide_and_tall_layers_cut_or_fill_with_zeros(fan_in: int, fan_out: int) -> None:
     x, kept = torch.randn(2, fan_in, 6, 6), min(fan_in, fan_out)

@@ -324,3 +324,20 @@ def test_gradient_passes_through_vmap(case: Case) -> None:
     x.requires_grad_()
     (whole,) = torch.autograd.grad(layer(x).square().sum(), x)
     assert (each - whole).abs().max() < 1e-12
+
+
+def test_it_is_a_function_of_its_weights(case: Case) -> None:
+    """`torch.func` puts plain tensors in the place of parameters."""
+    layer, x = exact(case.make()), inputs(case)
+    values = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, values, (x,)).square().sum()
+
+    of_values, of_x = torch.func.grad(loss, argnums=(0, 1))(values, x)
+    x.requires_grad_()
+    layer(x).square().sum().backward()
+    for name, parameter in [("inputs", x), *layer.named_parameters()]:
+        found = of_x if name == "inputs" else of_values[name]
+        assert parameter.grad is not None
+        assert torch.allclose(found, parameter.grad, atol=1e-12), name

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from otnn import checks
 from otnn.conversion.counterparts import has_rule
 from otnn.conversion.notes import Change, check_hooks
 from otnn.conversion.rewrite import WEIGHTED, Rewriter, attribute
@@ -89,7 +90,7 @@ def convert(
     shape = checked_shape(getattr(model, "input_shape", None) if input_shape is None else input_shape)
     if shape is None:
         raise InputError("input_shape: expected the sizes of one sample such as (3, 224, 224), got none")
-    original = copy.deepcopy(model).eval()
+    original = _copied(model).eval()
     tracer = _Tracer()
     if tracer.is_leaf_module(original, ""):
         original = nn.Sequential(original)
@@ -116,6 +117,19 @@ def convert(
         changes = [replace(change, now=plain_kind(change.now)) for change in changes]
     changes = [change for change in changes if change.was != change.now or change.why]
     return Conversion(result.train(model.training), tuple(dict.fromkeys(changes)))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the network, which torch refuses where it holds a tensor with a gradient function."""
+    for path, module in model.named_modules():
+        for name, value in (*vars(module).items(), *module.named_buffers(recurse=False)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise InputError(
+                    f"{path or type(module).__name__}: its {name} is computed from other tensors, so that the network "
+                    "cannot be copied; set it to None, or, where weight_norm, spectral_norm or pruning made it, call "
+                    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+                )
+    return copy.deepcopy(model)
 
 
 class _Tracer(Tracer):
@@ -175,8 +189,10 @@ def _check_settings(model: nn.Module, activation: str, head: str, share: float) 
     for setting, name, known in (("activation", activation, ACTIVATIONS), ("head", head, HEADS)):
         if name not in known:
             raise InputError(f"{setting}: expected one of {', '.join(known)}, got {name!r}")
-    if not 0 <= share <= 1:
-        raise InputError(f"share: expected a number in [0, 1], got {share}")
+    checks.share("share", share)
+    for inner, kind in (("_orig_mod", "a compiled network"), ("module", "a wrapper of one")):
+        if type(model).__module__.startswith("torch.") and isinstance(getattr(model, inner, None), nn.Module):
+            raise InputError(f"expected the network itself, got {type(model).__name__}, {kind}; pass its .{inner}")
     for name, value in model.named_parameters():
         if isinstance(value, nn.UninitializedParameter):
             raise InputError(f"{name} has no shape yet; call the network once on a batch")

@@ -55,10 +55,11 @@ def check_hooks(layer: nn.Module) -> None:
         InputError: there is one.
     """
     if has_hooks(layer):
-        spectral = any(type(hook).__name__ == "SpectralNorm" for hook in layer._forward_pre_hooks.values())
-        old = ", an old spectral_norm by torch.nn.utils.remove_spectral_norm" if spectral else ""
+        kinds = {type(hook).__name__ for hook in layer._forward_pre_hooks.values()}
+        old = [name for name in ("spectral_norm", "weight_norm") if name.replace("_", "") in map(str.lower, kinds)]
+        by = f", an old {old[0]} by torch.nn.utils.remove_{old[0]}" if old else ""
         raise InputError(
-            f"a forward hook may change what {type(layer).__name__} computes: expected none; remove it{old}"
+            f"a forward hook may change what {type(layer).__name__} computes: expected none; remove it{by}"
         )
 
 

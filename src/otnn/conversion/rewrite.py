@@ -28,6 +28,7 @@ from otnn.lipschitz.operations import (
     is_size,
 )
 from otnn.models import HEADS
+from otnn.nn.kernel import OrthoKernel
 from otnn.nn.residual import ConvexMix
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
@@ -89,7 +90,7 @@ class Rewriter:
                     self._rewrite(node)
             except InputError as error:
                 raise InputError(f"{self._name(node)}: {error}") from None
-            weighs = node.op == "call_module" and isinstance(self._layer(node), WEIGHTED)
+            weighs = node.op == "call_module" and isinstance(self._layer(node), (*WEIGHTED, OrthoKernel))
             self._depth[node] = weighs + max((self._depth[each] for each in node.all_input_nodes), default=0)
         if not single:
             raise InputError("expected one tensor as the output of the network; return the scores alone")
@@ -167,6 +168,8 @@ class Rewriter:
         was = self._was(node)
         if node not in self._shapes:
             raise InputError(f"no 1-Lipschitz counterpart of {was} is known; expected layers that return one tensor")
+        if isinstance(layer, (nn.Softmax, nn.LogSoftmax)):
+            raise no_counterpart("softmax", False)
         several = sum(each in self._shapes for each in node.all_input_nodes) > 1
         place = Place(
             *(self._shapes[source], self._shapes[node], self._channels(node, source)),
@@ -215,7 +218,9 @@ class Rewriter:
         if self._depth[sources[0]] > self._depth[sources[1]]:
             sources = sources[::-1]
         self._place(node, ConvexMix(self._share, device=self._device, dtype=self._dtype), *sources)
-        self._note(node, "ConvexMix", "(1 - alpha) x + alpha f(x), alpha learned in [0, 1]")
+        factor = node.kwargs.get("alpha", 1)
+        lost = "" if factor == 1 else f"; its factor alpha={factor} is left out"
+        self._note(node, "ConvexMix", f"(1 - alpha) x + alpha f(x), alpha learned in [0, 1]{lost}")
 
     def _refuse_copies(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
         if any(self._shapes[source] != self._shapes[node] for source in sources):
@@ -237,6 +242,8 @@ class Rewriter:
             self._remove(node, "it multiplies distances")
         else:
             self._copy(node)
+            if node not in self._settled:
+                self._note(node, self._was(node), "kept: distances, and with them the bound, may shrink by it")
 
     def _constant(self, node: fx.Node, source: fx.Node) -> int | float | Tensor:
         """The other term or factor."""
@@ -349,7 +356,7 @@ class Rewriter:
             layer = self._layer(source) if source.op == "call_module" else None
             if isinstance(layer, nn.Linear):
                 return len(self._shapes[node])
-            if isinstance(layer, WEIGHTED):
+            if isinstance(layer, (*WEIGHTED, OrthoKernel)):
                 break
             source = source.all_input_nodes[0]
         return 1

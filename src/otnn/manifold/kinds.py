@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from otnn.errors import InputError
 from otnn.polar import gram_excess, to_polar_
 from otnn.precision import in_full_precision, without_autocast
 
@@ -157,7 +158,10 @@ class Interval:
     """Numbers in [0, upper]: a learned share with upper = 1, a learned margin without a bound.
 
     Args:
-        upper: the largest number.
+        upper: the largest number, > 0.
+
+    Raises:
+        InputError: another one.
 
     Example:
         >>> Interval(1).retract(torch.tensor([-1.0, 0.5, 2.0]))
@@ -165,6 +169,8 @@ class Interval:
     """
 
     def __init__(self, upper: float = math.inf) -> None:
+        if not upper > 0:
+            raise InputError(f"upper: expected a number > 0, got {upper}")
         self.upper = upper
 
     def sample(self, *shape: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from otnn.checks import floating, whole
 from otnn.errors import InputError
 from otnn.nn.sorting import sort_parts
 
@@ -85,7 +86,7 @@ class _Sorting(nn.Module):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = whole("dim", dim)
 
 
 class MaxMin(_Sorting):
@@ -117,7 +118,7 @@ class GroupSort(_Sorting):
 
     def __init__(self, group_size: int, dim: int = 1) -> None:
         super().__init__(dim)
-        if group_size < 2:
+        if whole("group_size", group_size) < 2:
             raise InputError(f"group_size: expected at least 2 numbers to sort, got {group_size}")
         self.group_size = group_size
 
@@ -179,7 +180,7 @@ def householder(inputs: Tensor, angles: Tensor, dim: int = 1) -> Tensor:
         >>> householder(torch.tensor([[-1.0, 5.0]]), at_pi).round(decimals=4)
         tensor([[1., 5.]])
     """
-    if inputs.shape[dim] != 2 * len(angles):
+    if _size(inputs, dim) != 2 * len(angles):
         raise InputError(
             f"Householder reflects pairs: expected size {2 * len(angles)} along dimension {dim}, "
             f"got {inputs.shape[dim]}"
@@ -211,11 +212,11 @@ class Householder(nn.Module):
         self, channels: int, dim: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        if channels < 2 or channels % 2:
+        if whole("channels", channels) < 2 or channels % 2:
             raise InputError(f"Householder reflects pairs: expected an even number of channels >= 2, got {channels}")
-        self.channels, self.dim = channels, dim
+        self.channels, self.dim = channels, whole("dim", dim)
         # an unconstrained angle, not a unit vector: of that Adam's first steps are radial at (1, -1) / sqrt(2)
-        self.angle = nn.Parameter(torch.empty(channels // 2, device=device, dtype=dtype))
+        self.angle = nn.Parameter(torch.empty(channels // 2, device=device, dtype=floating(dtype)))
         self.reset_parameters()
 
     @torch.no_grad()

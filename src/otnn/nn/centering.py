@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from otnn.checks import whole
 from otnn.errors import InputError
 
 
@@ -185,7 +186,7 @@ _all_reduce: Callable[[Tensor], Tensor] = _AllReduce.apply
 
 
 def _check_features(num_features: int) -> None:
-    if num_features < 1:
+    if whole("num_features", num_features) < 1:
         raise InputError(f"num_features: expected at least one channel, got {num_features}")
 
 

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from otnn.checks import whole
+from otnn.checks import floating, whole
 from otnn.errors import InputError
 from otnn.manifold import Manifold, Stiefel
 from otnn.nn.init import checked_init
@@ -66,6 +66,7 @@ class OrthoKernel(nn.Module):
         block = self.stride**self.dims
         self._inner = inner = max(fan_in, fan_out // block)
         several = () if self.groups == 1 else (self.groups,)
+        floating(dtype)
 
         def matrix(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -100,7 +101,7 @@ class OrthoKernel(nn.Module):
         That is torch's layout: for a transposed convolution n counts the channels of the input. Autocast does not reach
         into the composition, whose errors would add up: it rounds its result once.
         """
-        with without_autocast(self.get_parameter("expand") if self.mix is None else self.mix):
+        with without_autocast(cast(Tensor, self.expand if self.mix is None else self.mix)):
             return self._composed()
 
     def _composed(self) -> Tensor:
@@ -114,7 +115,7 @@ class OrthoKernel(nn.Module):
                 kernel = _product(kernel, self.expand)
         else:
             # from the side that has fewer channels; projectors are symmetric, so that no filter is transposed
-            kernel = self.get_parameter("expand").mT[(None,) * dims]
+            kernel = cast(Tensor, self.expand).mT[(None,) * dims]
             kernel = _filtered(kernel, self._projections(kernel), reversed(filters), dims).mT
         weight: Tensor = kernel.permute(*range(dims, kernel.ndim), *range(dims))
         return weight if self.groups == 1 else weight.flatten(0, 1)
@@ -136,15 +137,16 @@ class OrthoKernel(nn.Module):
         """
         stiefel, dims, stride, inner = Stiefel(), self.dims, self.stride, self._inner
         groups = [self.groups] if self.groups > 1 else []
-        basis = torch.eye(inner).expand(*groups, inner, inner)
+        dtype = self.get_parameter(next(iter(self.manifolds))).dtype
+        basis = torch.eye(inner, dtype=dtype).expand(*groups, inner, inner)
         if self.expand is not None and self.mix is not None:
             # between two factors any basis of the channels does; the usual one would leave weights without a gradient
-            basis = stiefel.sample(*groups, inner, inner)
+            basis = stiefel.sample(*groups, inner, inner, dtype=dtype)
         if self.expand is not None:
             self.expand.copy_(basis[..., : self.expand.shape[-1]])
         if self.mix is not None:
             # the middle pixel of the block comes first: of as many outputs as channels each takes its channel there
-            pixels = line = torch.eye(stride).roll((stride - 1) // 2, 1)
+            pixels = line = torch.eye(stride, dtype=dtype).roll((stride - 1) // 2, 1)
             for _ in range(dims - 1):
                 pixels = torch.kron(pixels, line)
             outputs = min(self.mix.shape[-2], len(pixels) * inner)
@@ -159,7 +161,7 @@ class OrthoKernel(nn.Module):
             rank = frames.shape[-1]
             if paired < len(frames):
                 # a turned basis of the same plane, so that no column depends on channels that nobody sees
-                turn = stiefel.sample(*frames.shape[:-2], rank, rank)[paired:]
+                turn = stiefel.sample(*frames.shape[:-2], rank, rank, dtype=dtype)[paired:]
                 frames[paired:] = (basis[..., ::2][..., :rank] @ turn).to(frames)
 
     def _check_shape(self) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from otnn.checks import whole
+from otnn.checks import floating, whole
 from otnn.errors import InputError
 from otnn.manifold import Frobenius, Manifold, Stiefel, UnitRows
 from otnn.nn.init import checked_init
@@ -25,7 +25,7 @@ class _ManifoldLinear(nn.Linear):
         in_features, out_features = whole("in_features", in_features), whole("out_features", out_features)
         if in_features < 1 or out_features < 1:
             raise InputError(f"expected at least one feature on each side, got {in_features} and {out_features}")
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, out_features, bias, device, floating(dtype))
         self.manifolds: dict[str, Manifold] = {"weight": self.manifold}
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class OrthoLinear(_ManifoldLinear):
         init: str = "orthogonal",
     ) -> None:
         self.init = checked_init(init)
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, out_features, bias, device, floating(dtype))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -142,6 +142,8 @@ class Centering(nn.Module):
 
     def __init__(self, mean: Tensor) -> None:
         super().__init__()
+        if not isinstance(mean, Tensor):
+            raise InputError(f"mean: expected a tensor, got {type(mean).__name__}; convert it with torch.as_tensor()")
         if mean.ndim != 1 or not torch.isfinite(mean).all():
             raise InputError(f"mean: expected one finite number per channel, got shape {tuple(mean.shape)}")
         self.register_buffer("mean", mean.detach().clone())

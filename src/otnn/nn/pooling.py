@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from otnn.checks import whole
 from otnn.errors import InputError
 from otnn.precision import at_least_float32
 
@@ -104,7 +105,8 @@ class _AdaptivePool2d(nn.Module):
 
     def __init__(self, output_size: int | Sequence[int | None] | None) -> None:
         super().__init__()
-        sizes = (output_size, output_size) if output_size is None or isinstance(output_size, int) else output_size
+        both = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+        sizes = [size if size is None else whole("output_size", size) for size in both]
         if len(sizes) != 2 or any(size is not None and size < 1 for size in sizes):
             raise InputError(f"output_size: expected one or two numbers >= 1, or None to keep, got {output_size}")
         self.output_size = (sizes[0], sizes[1])
@@ -210,10 +212,12 @@ def _check_images(inputs: Tensor, least: Sequence[int]) -> None:
             f"expected (batch, channels, height, width) images of at least {least[0]}x{least[1]} pixels, "
             f"got {tuple(inputs.shape)}"
         )
+    if not inputs.is_floating_point():
+        raise InputError(f"expected floating-point numbers, got {inputs.dtype}, which would round; use .float()")
 
 
 def _pair(name: str, size: Sizes, least: int = 1) -> tuple[int, int]:
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    sizes = tuple(whole(name, each) for each in (size if isinstance(size, Sequence) else (size, size)))
     if len(sizes) != 2 or min(sizes) < least:
         raise InputError(f"{name}: expected one or two numbers >= {least}, got {size}")
     return sizes[0], sizes[1]

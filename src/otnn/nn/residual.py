@@ -7,6 +7,7 @@ like any other part of a network and needs rules for those modules only.
 import torch
 from torch import Tensor, nn
 
+from otnn.checks import share, whole
 from otnn.errors import InputError
 from otnn.manifold import Interval, Manifold
 
@@ -33,15 +34,13 @@ class ConvexMix(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise InputError(f"alpha: expected a share in [0, 1], got {alpha}")
-        share = torch.tensor(alpha, device=device, dtype=dtype or torch.get_default_dtype())
+        start = torch.tensor(share("alpha", alpha), device=device, dtype=dtype or torch.get_default_dtype())
         self.manifolds: dict[str, Manifold] = {}
         if learned:
-            self.alpha = nn.Parameter(share)
+            self.alpha = nn.Parameter(start)
             self.manifolds["alpha"] = Interval(1)
         else:
-            self.register_buffer("alpha", share)
+            self.register_buffer("alpha", start)
 
     def forward(self, inputs: Tensor, changed: Tensor) -> Tensor:
         """Return the mix.
@@ -112,7 +111,7 @@ class ChannelsFrom(nn.Module):
 
     def __init__(self, first: int) -> None:
         super().__init__()
-        if first < 1:
+        if whole("kept", first) < 1:
             raise InputError(f"kept: expected at least one channel that passes by, got {first}; use the branch alone")
         self.first = first
 
