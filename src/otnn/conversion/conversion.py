@@ -56,9 +56,10 @@ def convert(
     becomes a learned convex mix; concatenations and averages are scaled to norm 1; a last dense layer becomes the head
     of a `Classifier`, and what follows it, probabilities or a squeeze, is left out. What has no counterpart raises.
 
-    `otnn.lipschitz.bound` of the result, of its body where it is a `Classifier`, is 1 up to rounding in `eval()` mode.
-    Train it like any network, on inputs in [0, 1], with `otnn.manifold.keep_on_manifold`. The original stays as it is;
-    what it does in `eval()` mode is converted.
+    `otnn.lipschitz.bound` of the result, of its body where it is a `Classifier`, is 1 up to rounding in `eval()` mode,
+    or less where the original multiplies by less than 1, which stays and is told. Train it like any network, on inputs
+    in [0, 1], with `otnn.manifold.keep_on_manifold`. The original stays as it is; what it does in `eval()` mode is
+    converted.
 
     Args:
         model: a network of torch layers, with a forward that `torch.fx` can trace.
