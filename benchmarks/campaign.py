@@ -79,7 +79,7 @@ def read_partial(file: Path, header: Mapping[str, Any]) -> Json | None:
     """
     if not file.exists():
         return None
-    kept: Json = read_json(file)
+    kept: Json = read_json(file, "delete it to begin again")
     if kept.get("header") != header:
         raise InputError(
             f"{file}: begun with {differences(kept.get('header'), header)}; delete it to begin again, or choose "

@@ -118,6 +118,8 @@ def attacks_campaign(
         pieces += _pieces(number, below, min(images or total, total), MANY)
         pieces += _pieces(number, (*slow, *above), min(few, total), FEW)
     names = [run.path.absolute().name for run in opened]
+    if len(set(names)) < len(names):
+        raise InputError(f"runs: expected folders of different names, which tell them apart, got {', '.join(names)}")
     told = {
         "seed": seed,
         "runs": {

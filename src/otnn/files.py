@@ -55,8 +55,12 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, mend: str = "make the run again with `otnn train`") -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        file: that holds it.
+        mend: what to do where it cannot be read.
 
     Raises:
         InputError: the file is missing, damaged, or holds something else.
@@ -64,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read: {error}; make the run again with `otnn train`") from None
+        raise InputError(f"{file}: cannot be read: {error}; {mend}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object; make the run again with `otnn train`")
+        raise InputError(f"{file}: expected a JSON object; {mend}")
     return content

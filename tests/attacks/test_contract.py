@@ -183,7 +183,7 @@ def test_counts_below_one_are_refused(name: str) -> None:
                     attack(name, model, x, labels, **{count: wrong})
 
 
-@pytest.mark.parametrize("radius", ["a", None, [0.5, "b"]])
+@pytest.mark.parametrize("radius", ["a", None, [0.5, "b"], True, torch.tensor(1 + 1j)])
 def test_a_radius_that_is_no_number_is_refused(radius: Any) -> None:
     model, x = dense(), pictures()
     with pytest.raises(InputError, match="radius: expected a number"):

@@ -1,5 +1,6 @@
 """The attacks of foolbox and pyautoattack behind our signature, against closed forms and certificates."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,30 @@ def test_apgd_wins_from_the_distance_on_and_never_before(norm: str, box: bool, o
         elif loss == "margin" or outputs < 3:
             # among several classes, the one that leads need not be the nearest
             assert outcome.success.double().mean() >= (1.0 if outputs < 3 else 0.6)
+
+
+@pytest.mark.parametrize("box", [False, True])
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_scale_of_the_scores_does_not_stop_apgd(scale: float, box: bool) -> None:
+    """Squares of such gradients are 0 or infinite in float32."""
+    model, inputs, labels = linear(2)
+    radius = nearest(model, inputs, labels, "l2", box)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    points = apgd(model, inputs, labels, 1.05 * radius, box=box, steps=50)
+    assert evaluate(model, inputs, labels, points, box=box).success.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_square_takes_half_precision(norm: str, dtype: torch.dtype) -> None:
+    model, inputs, labels = linear(5)
+    radius = nearest(model, inputs, labels, norm, False)
+    model, inputs = copy.deepcopy(model).to(dtype), inputs.to(dtype)
+    points = square(model, inputs, labels, 6 * radius, norm=norm, queries=100)
+    assert points.dtype == dtype
+    assert evaluate(model, inputs, labels, points, norm=norm).success.any()
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -172,6 +172,9 @@ def test_command_line(
     assert command(str(trained), *few) == 1
     assert command(str(tmp_path / "none"), *few) == 2
     assert "no such run folder" in capsys.readouterr().err
+    out.with_name("a.json.partial").write_text("{")
+    assert command(str(trained), *few) == 2
+    assert capsys.readouterr().err.rstrip().endswith("; delete it to begin again")
 
 
 def test_settings_that_cannot_be_used_are_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +182,7 @@ def test_settings_that_cannot_be_used_are_refused(trained: Path, monkeypatch: py
         ({"runs": []}, "expected at least one run folder, got none"),
         ({"images": -1}, "images: expected at least 0, got -1"),
         ({"few": -1}, "few: expected at least 0, got -1"),
+        ({"runs": [trained, trained]}, "runs: expected folders of different names"),
     ):
         with pytest.raises(InputError, match=message):
             attacks_campaign(**{"runs": [trained], **arguments})  # type: ignore[arg-type]

@@ -153,6 +153,15 @@ def test_an_attack_that_gave_up_is_named_and_fails_nothing(told: Told) -> None:
     assert not any(sentence.startswith("WARNING") for sentence in told[1]["verdict"])
 
 
+def test_one_step_alone_need_not_turn_everything(told: Told) -> None:
+    content = copy.deepcopy(told[1])
+    for network in content["networks"].values():
+        network["attacks"] = {"step": network["attacks"]["step"]}
+        network["at_largest"] = 0.5
+    rows = [row for row in check_all(content) if row["check"] == "0 at a large radius"]
+    assert [row["passed"] for row in rows] == [None, None]
+
+
 def test_no_search_on_pictures_that_square_cannot_take() -> None:
     """In L2 those that are not as high as wide; its squares in Linf take any."""
     pytest.importorskip("pyautoattack")
@@ -189,7 +198,9 @@ def test_a_wrong_certificate_fails_loudly(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    assert json.loads(capsys.readouterr().out)["failed"] == content["failed"]
+    told = capsys.readouterr()
+    assert json.loads(told.out)["failed"] == content["failed"]
+    assert "FAILED: certified <= attacked (OTNN): adversarial points" in told.err
 
 
 def test_a_point_that_float64_alone_sees_breaks_the_certificate() -> None:

@@ -45,7 +45,7 @@ def apgd(
 
     The library raises the cross-entropy or DLR, the margin over the spread of the largest scores, which takes three
     classes, or four with a target. Here the loss is the margin itself (or the cross-entropy), for any number of
-    classes. DLR makes it invariant to the scale of the scores; steps along the normalised gradient are so anyway.
+    classes, and of scores in units of each sample's lead at the start, so that their scale does not matter.
 
     Args:
         model: see `Objective`.
@@ -88,11 +88,14 @@ def apgd(
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
         objective.slopes(images[:1], index[:1])  # refuses what has no gradient before the library meets it
+        # the library squares gradients and compares losses in float32
+        size = objective.margin(objective.scores(images), index).abs()
+        factor = torch.where(torch.isfinite(size) & (size > torch.finfo(size.dtype).tiny), 1 / size, 1.0)
         if box:
-            view = View(objective, index, *as_they_are(images), images.new_ones(len(index)), duel=False)
+            view = View(objective, index, *as_they_are(images), factor, duel=False)
             start, eps = images.float(), spread(radii[index].float(), images)
         else:
-            view, start = _ball(objective, images, index, radii[index])
+            view, start = _ball(objective, images, index, radii[index], factor)
             eps = torch.full_like(start[:1], 0.5)
         attack = kind(view, n_iter=steps, norm=_NORMS[norm], eps=eps, loss="ce-targeted", device=inputs.device)
         attack.init_hyperparam(start)
@@ -176,7 +179,7 @@ def square(
 
     def chunk(index: Tensor) -> Tensor:
         images = inputs[index]
-        view, start = _ball(objective, images, index, radii[index])
+        view, start = _ball(objective, images, index, radii[index], images.new_ones(len(index)))
         attack = kind(view, norm=_NORMS[norm], n_queries=queries, eps=0.5, device=inputs.device)
         attack.init_hyperparam(start)
         # samples by their place in the chunk, which the library hands back beside the points of those still open
@@ -272,10 +275,10 @@ def _plain(inputs: Tensor) -> Tensor:
     return inputs.detach().contiguous()
 
 
-def _ball(objective: Objective, images: Tensor, index: Tensor, radii: Tensor) -> tuple[View, Tensor]:
+def _ball(objective: Objective, images: Tensor, index: Tensor, radii: Tensor, factor: Tensor) -> tuple[View, Tensor]:
     """Samples whose balls become those of radius 1/2 around the centre of [0, 1], and where they start."""
     radius = spread(radii.to(images), images)
-    view = View(objective, index, images - radius, 2 * radius, torch.ones_like(radii).to(images), duel=False)
+    view = View(objective, index, images - radius, 2 * radius, factor, duel=False)
     return view, torch.full_like(images, 0.5, dtype=torch.float32)
 
 
@@ -340,7 +343,7 @@ def _square() -> Any:
             # a lead of 0 counts as neither open nor won, and breaks the library's loop
             tiny = torch.finfo(margin.dtype).tiny
             left = torch.where(view.objective.won(scores, index), (-margin).clamp(max=-tiny), (-margin).clamp(min=tiny))
-            return left, -value
+            return left.to(points), -value.to(points)
 
     return Attack
 

@@ -235,6 +235,9 @@ def radii_of(radius: float | Tensor, inputs: Tensor) -> Tensor:
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     try:
+        given = torch.as_tensor(radius)
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError
         radii = torch.as_tensor(radius, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"radius: expected a number, or one for each sample, got {radius!r}") from None

@@ -183,7 +183,10 @@ def attack(
     for name, reason in content["skipped"].items():
         say(f"not run: {name} {reason}", as_json)
     for sentence in content["verdict"]:
-        say(sentence, as_json, style="bold red" if sentence.startswith("FAILED") else "")
+        failed = sentence.startswith("FAILED")
+        say(sentence, as_json, style="bold red" if failed else "")
+        if failed and as_json:  # loud, whoever reads the JSON
+            typer.echo(sentence, err=True)
     say(f"pictures: {run / 'attacks.png'}", as_json)
     if content["failed"]:
         raise typer.Exit(1)
