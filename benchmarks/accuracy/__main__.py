@@ -56,6 +56,9 @@ def accuracy(
     narrow: Annotated[
         bool, typer.Option(help="Seeds after the first only for settings on a library's own front with the first.")
     ] = False,
+    stored: Annotated[
+        bool, typer.Option("--stored", help="Report also on stored settings that every library has with all seeds.")
+    ] = False,
     epochs: Annotated[int, typer.Option(help="Of each run.", min=1)] = 2,
     library: Annotated[
         list[str] | None, typer.Option(help="Of otnn, deel-torchlip, orthogonium; those installed by default.")
@@ -86,6 +89,8 @@ def accuracy(
     if narrow:
         runs += narrowed(rows, runs, seeds)
         rows = run_all(runs, job, out, header, workers)
+    if stored:
+        runs += shared(rows, runs, names, seeds)
     report = report_of(rows, runs, header, grid)
     write_whole(out, json_bytes(report))
     write_whole(out.with_suffix(".png"), plot(report))
@@ -139,6 +144,18 @@ def narrowed(rows: Rows, runs: Sequence[Run], seeds: int) -> list[Run]:
     found = promising([rows[run] for run in runs])
     kept = [run for run in runs if (run.library, run.learning_rate, run.margin, run.temperature) in found]
     return [replace(run, seed=seed) for seed in range(1, seeds) for run in kept]
+
+
+def shared(rows: Rows, runs: Sequence[Run], libraries: Sequence[str], seeds: int) -> list[Run]:
+    """The stored runs, beside those, of the settings that every library has with all seeds."""
+    others = [run for run in rows if run not in set(runs)]
+    return [
+        run
+        for run in others
+        if run.library in libraries
+        and run.seed < seeds
+        and all(replace(run, library=library, seed=seed) in rows for library in libraries for seed in range(seeds))
+    ]
 
 
 def report_of(rows: Rows, runs: Sequence[Run], header: Json, grid: Mapping[str, Sequence[float]]) -> Json:

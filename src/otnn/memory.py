@@ -65,7 +65,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for its next pass.
 
     By default glibc gives large tensors back to the system as soon as they are freed, and every training step on a CPU
-    faults in all of its activations anew: a step of 128 ms takes 110 without that (docs/performance.md). Up to 2 GiB
+    faults in all of its activations anew: a step of 152 ms takes 128 without that (docs/performance.md). Up to 2 GiB
     are kept, and allocations above 1 GiB (32 MiB before glibc 2.35) are given back as before. Numbers do not change.
 
     Returns:

@@ -176,6 +176,19 @@ def test_only_settings_on_a_front_are_run_again() -> None:
     assert {one["clean"]["mean"] for one in told["fronts"]["1"][OTNN]} == {0.9, 0.8}
 
 
+def test_stored_settings_count_where_all_libraries_have_them() -> None:
+    grid = {"learning_rate": [1e-2], "margin": [0.5], "temperature": [10.0]}
+    asked = command_line.runs_of([OTNN, TORCHLIP], grid, 2)
+    whole = command_line.runs_of([OTNN, TORCHLIP], grid | {"margin": [4.0]}, 2)
+    alone = command_line.runs_of([OTNN], grid | {"margin": [8.0]}, 2)
+    once = command_line.runs_of([OTNN, TORCHLIP], grid | {"margin": [2.0]}, 1)
+    rows = {run: fake(run) for run in [*asked, *whole, *alone, *once]}
+    assert command_line.shared(rows, asked, [OTNN, TORCHLIP], 2) == whole
+    assert set(command_line.shared(rows, asked, [OTNN, TORCHLIP], 1)) == {
+        run for run in [*whole, *once] if run.seed == 0
+    }
+
+
 def expected_of(points: dict[Run, tuple[float, float]]) -> list[tuple[str, float]]:
     """Library and rate of what no setting of the same library dominates, by comparing all pairs."""
     return [
