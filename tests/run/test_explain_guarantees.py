@@ -80,7 +80,8 @@ def test_an_image_has_the_same_guarantees_in_any_batch(run: Run) -> None:
     model, body, images = parts(run)
     together = guarantee_arrays(model, images.double(), body)
     alone = guarantee_arrays(model, images[3:4].double(), body)
-    np.testing.assert_allclose(alone["guarantee_bound"][0], together["guarantee_bound"][3], rtol=1e-9)
+    # 1e-14: some bounds are small differences of numbers of size 1, which a batch rounds otherwise
+    np.testing.assert_allclose(alone["guarantee_bound"][0], together["guarantee_bound"][3], rtol=1e-9, atol=1e-14)
     assert alone["guarantee_sentence"][0].tolist() == together["guarantee_sentence"][3].tolist()
 
 
