@@ -17,8 +17,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from benchmarks import command
@@ -37,7 +35,6 @@ from otnn.run.snowflakes import Recipe, potential_of, train_otnn
 from otnn.run.train import dataset_of, train, versions
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-console = Console(stderr=True, highlight=False, markup=False)
 
 Attack = Callable[..., Tensor]
 OURS = "minimal_norm"
@@ -72,7 +69,7 @@ def compare(
     torch.set_num_threads(threads)
     attacks = _attacks(cw_steps)
     measured = []
-    with _progress() as progress:
+    with command.progress() as progress:
         task = progress.add_task("attacks", total=seeds * 6 * rounds)
         for number in range(seed, seed + seeds):
             progress.update(task, description=f"training, seed {number}")
@@ -102,7 +99,7 @@ def snowflakes(
     torch.set_num_threads(threads)
     data = snowflake_points(points)
     network, seconds = train_otnn(data, Recipe(steps=steps), seed)
-    with _progress() as progress:
+    with command.progress() as progress:
         task = progress.add_task("attacks", total=None)
         found = where_attacks_go(
             export(network.eval()), data.images, cw_steps, lambda name: progress.update(task, description=name)
@@ -282,11 +279,6 @@ def _head(name: str, seed: int, threads: int) -> Json:
         "benchmark": f"attacks {name}", "seed": seed, "threads": threads, "cores": os.cpu_count(),
         "versions": {**versions(), **libraries},
     }  # fmt: skip
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _write(report: Json, out: Path, lines: Iterator[str]) -> None:

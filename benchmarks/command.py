@@ -3,9 +3,18 @@
 import sys
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from otnn.errors import InputError
 from otnn.memory import keep_freed_memory
+
+
+def progress() -> Progress:
+    """Bars on stderr, where people look, of tasks whose number of steps is known."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def keep_memory() -> None:

@@ -17,8 +17,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import command
 from benchmarks.layers.measure import FORMATS, training_step
@@ -29,7 +27,6 @@ from otnn.files import json_bytes, write_whole
 from otnn.run.train import versions
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
-console = Console(stderr=True, highlight=False, markup=False)
 WARM_UP = 5
 
 
@@ -51,10 +48,10 @@ def measured(name: str, keep: bool, steps: int, samples: int, threads: int) -> J
     return {"seconds": median(seconds[WARM_UP:]), "page faults": median(faults[WARM_UP:]), "peak resident bytes": peak}
 
 
-def alone(*arguments: str | bool | int) -> Json:
+def alone(name: str, keep: bool, steps: int, samples: int, threads: int) -> Json:
     """`measured` in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measured, *arguments).result()  # type: ignore[arg-type]
+        return pool.submit(measured, name, keep, steps, samples, threads).result()
 
 
 def compared(name: str, threads: int, kept: list[Json], returned: list[Json]) -> Json:
@@ -92,9 +89,8 @@ def freed_memory(
             f"network: expected one of {', '.join(map(repr, FAMILIES))}, got {', '.join(map(repr, unknown))}"
         )
     cases = [(name, threads) for name in network or (RELU, OTNN) for threads in thread or (1, 2)]
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Json] = []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with command.progress() as progress:
         task = progress.add_task("freed memory", total=2 * rounds * len(cases))
         for name, threads in cases:
             found: dict[bool, list[Json]] = {False: [], True: []}

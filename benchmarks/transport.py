@@ -19,8 +19,6 @@ import scipy
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from benchmarks import command
@@ -34,7 +32,6 @@ from otnn.transport.costs import distances
 from otnn.transport.flow import required_memory
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
-console = Console(stderr=True, highlight=False, markup=False)
 
 Floats = NDArray[np.float64]
 
@@ -72,8 +69,7 @@ def transport(
     clouds = {f"gaussian, {dims} dimensions": gaussians(samples, dims, seed)}
     if data_dir is not None:
         clouds["MNIST, 0 against 8"] = digits(samples, data_dir)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with command.progress() as progress:
         task = progress.add_task("transport", total=len(clouds) * (rounds + naive) + len(sizes) * len(DIMS))
         compared = []
         for name, (x, z) in clouds.items():

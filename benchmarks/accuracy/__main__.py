@@ -148,11 +148,12 @@ def narrowed(rows: Rows, runs: Sequence[Run], seeds: int) -> list[Run]:
 
 def shared(rows: Rows, runs: Sequence[Run], libraries: Sequence[str], seeds: int) -> list[Run]:
     """The stored runs, beside those, of the settings that every library has with all seeds."""
-    others = [run for run in rows if run not in set(runs)]
+    asked = set(runs)
     return [
         run
-        for run in others
-        if run.library in libraries
+        for run in rows
+        if run not in asked
+        and run.library in libraries
         and run.seed < seeds
         and all(replace(run, library=library, seed=seed) in rows for library in libraries for seed in range(seeds))
     ]

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import benchmarks.layers
 from benchmarks import command
@@ -21,7 +19,6 @@ from otnn.files import json_bytes, write_whole
 from otnn.run.train import versions
 
 app = typer.Typer(help=benchmarks.layers.__doc__, pretty_exceptions_enable=False, add_completion=False)
-console = Console(stderr=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,7 @@ def layers(
     widths, depths = sorted(width or measure.WIDTHS), sorted(depth or measure.DEPTHS)
     sizes = {"width": [(w, DEPTH) for w in widths], "depth": [(WIDTH, d) for d in depths]}
     total = 3 * rounds + (growth_rounds > 0) * 2 * sum(map(len, sizes.values()))
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with command.progress() as progress:
         task = progress.add_task("layers", total=total)
 
         def advance() -> None:

@@ -22,6 +22,8 @@ _ADVICE = {
     "sub": "write a sum: the layers before it learn the sign",
     "isub": "write a sum: the layers before it learn the sign",
 }
+# Hooks of torch.nn.utils that their own functions remove
+_OLD_NORMS = {"SpectralNorm": "spectral_norm", "WeightNorm": "weight_norm"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def check_hooks(layer: nn.Module) -> None:
     """
     if has_hooks(layer):
         kinds = {type(hook).__name__ for hook in layer._forward_pre_hooks.values()}
-        old = [name for name in ("spectral_norm", "weight_norm") if name.replace("_", "") in map(str.lower, kinds)]
-        by = f", an old {old[0]} by torch.nn.utils.remove_{old[0]}" if old else ""
+        old = next((name for kind, name in _OLD_NORMS.items() if kind in kinds), None)
+        by = f", an old {old} by torch.nn.utils.remove_{old}" if old else ""
         raise InputError(
             f"a forward hook may change what {type(layer).__name__} computes: expected none; remove it{by}"
         )

@@ -32,6 +32,7 @@ from otnn.nn.kernel import OrthoKernel
 from otnn.nn.residual import ConvexMix
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+_WITH_WEIGHTS = (*WEIGHTED, OrthoKernel)
 _ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_}
 _NEGATIONS: set[Any] = {operator.neg, torch.neg, Tensor.neg}
 # What may follow the scores: it gives them another shape only.
@@ -90,7 +91,7 @@ class Rewriter:
                     self._rewrite(node)
             except InputError as error:
                 raise InputError(f"{self._name(node)}: {error}") from None
-            weighs = node.op == "call_module" and isinstance(self._layer(node), (*WEIGHTED, OrthoKernel))
+            weighs = node.op == "call_module" and isinstance(self._layer(node), _WITH_WEIGHTS)
             self._depth[node] = weighs + max((self._depth[each] for each in node.all_input_nodes), default=0)
         if not single:
             raise InputError("expected one tensor as the output of the network; return the scores alone")
@@ -356,7 +357,7 @@ class Rewriter:
             layer = self._layer(source) if source.op == "call_module" else None
             if isinstance(layer, nn.Linear):
                 return len(self._shapes[node])
-            if isinstance(layer, (*WEIGHTED, OrthoKernel)):
+            if isinstance(layer, _WITH_WEIGHTS):
                 break
             source = source.all_input_nodes[0]
         return 1

@@ -74,7 +74,7 @@ class OrthoLinear(_ManifoldLinear):
         init: str = "orthogonal",
     ) -> None:
         self.init = checked_init(init)
-        super().__init__(in_features, out_features, bias, device, floating(dtype))
+        super().__init__(in_features, out_features, bias, device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

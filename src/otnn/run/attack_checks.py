@@ -83,7 +83,7 @@ def black_box_not_best(network: Json, content: Json) -> tuple[bool | None, str]:
     It is tried on what all attacks left, with few queries; where it is one of them, its curve is compared, too.
     """
     others = [told["accuracy"] for name, told in network["attacks"].items() if name != BLACK_BOX]
-    if set(network["attacks"]) <= {BLACK_BOX, ONE_STEP}:
+    if set(network["attacks"]) <= set(_MAY_LEAVE):
         return None, _NONE_OF_STEPS
     if BLACK_BOX in network["attacks"]:
         best = [min(shares) for shares in zip(*others, strict=True)]
